@@ -1,0 +1,54 @@
+"""Solvers: from noise to a sample along a field. A solver that calls a small head and one that calls the whole trunk
+differ only in what `field` closes over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from arvis.noise import Source
+from arvis.tokens import Pin
+
+Field = Callable[[Tensor, float], Tensor]
+"""(x [B, n, S], t) -> the direction at time t, same shape."""
+
+Watch = Callable[[Tensor, int, int], None]
+"""(estimate of the clean sample, step, steps): previews inside a long solve; raising cancels it."""
+
+Solver = Callable[[Field, Source, "int | Tensor", Sequence[int], Pin | None, Watch | None], Tensor]
+"""(field, noise, at, shape [n, S], pin, watch) -> [B, n, S] float32 or float64, as the field returns."""
+
+
+def euler(times: Sequence[float]) -> Solver:
+    """Rectified flow by Euler steps: x_t = (1 - t) noise + t data, field = d x_t / d t, times rising from 0 to 1.
+
+    Pinned positions are clamped to their own straight path before every field call, and to the data at the end.
+    """
+    if len(times) < 2 or times[0] != 0 or times[-1] != 1 or any(a >= b for a, b in pairwise(times)):
+        raise ValueError(f"euler needs times rising from 0 to 1, got {tuple(times)}")
+
+    def solve(
+        field: Field, noise: Source, at: int | Tensor, shape: Sequence[int], pin: Pin | None, watch: Watch | None
+    ) -> Tensor:
+        start = noise.normal("solver", at, shape)
+        start = start if pin is None else start.to(pin.value.device)
+        x = start
+
+        def clamp(x: Tensor, t: float) -> Tensor:
+            if pin is None:
+                return x
+            return torch.where(pin.mask[..., None], (1 - t) * start + t * pin.value, x).to(x.dtype)
+
+        for i, (t, t_next) in enumerate(pairwise(times)):
+            x = clamp(x, t)
+            velocity = field(x, t)
+            x = x.to(velocity.dtype)
+            if watch is not None:
+                watch(x + (1 - t) * velocity, i, len(times) - 1)
+            x = x + (t_next - t) * velocity
+        return clamp(x, 1.0)
+
+    return solve

@@ -1,0 +1,171 @@
+"""Pre-norm transformer blocks modulated by a condition vector (AdaLN, arXiv 2212.09748), in VAR's arrangement."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arvis.nn.attention import attend
+from arvis.nn.trunk import Call
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; query and value have a bias, the key has none (it cancels in the softmax)."""
+
+    def __init__(self, width: int, heads: int, cosine: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.out = nn.Linear(width, width)
+        self.temperature = Temperature(heads, width // heads, cosine)
+
+    def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [R, H, n, h]
+        q, k = self.temperature(q, k)
+        if call.cache is not None:
+            k, v = call.cache.join(layer, k, v)
+        return self.out(attend(q, k, v, call.mask, self.temperature.scale).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the rows over the context of the call (text)."""
+
+    def __init__(self, width: int, heads: int, context_width: int, cosine: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.temperature = Temperature(heads, width // heads, cosine)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        if call.context is None:
+            raise ValueError("a cross-attention block needs a context in its call, got None")
+        context, visible = call.context
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.temperature(q, k)
+        mask = None if visible is None else visible[:, None, None, :]
+        return self.out(attend(q, k, v, mask, self.temperature.scale).transpose(1, 2).flatten(2))
+
+
+class Temperature(nn.Module):
+    """The softmax scale: cosine attention with a learned scale per head, at most 100, or VAR's fixed 0.25/sqrt(h)."""
+
+    def __init__(self, heads: int, head_dim: int, cosine: bool) -> None:
+        super().__init__()
+        self.scale = 1.0 if cosine else 0.25 / math.sqrt(head_dim)
+        self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0))) if cosine else None
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.log_scale is None:
+            return q, k
+        scale = self.log_scale.clamp_max(math.log(100.0)).exp()
+        return (F.normalize(q, dim=-1) * scale).to(k.dtype), F.normalize(k, dim=-1).to(k.dtype)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class OwnModulation(nn.Module):
+    """Six vectors of a block from the condition [R, D] by a projection of its own -> [R, 6, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.project = nn.Linear(width, 6 * width)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.project(F.silu(vector)).view(-1, 6, self.width)
+
+
+class SharedModulation(nn.Module):
+    """Six vectors of a block: a learned offset to the projection [R, 6, D] that the whole network shares."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.offset + vector
+
+
+class DropPath(nn.Module):
+    """Skip a residual branch for random items in training (arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *(1,) * (x.dim() - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class AdaLNBlock(nn.Module):
+    """x += g1 attn(norm(x) (1 + s1) + b1); [x += cross(norm(x), context);] x += g2 ffn(norm(x) (1 + s2) + b2)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        modulation: nn.Module,
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+        cosine: bool = True,
+        drop_path: float = 0.0,
+        context_width: int = 0,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps, elementwise_affine=False)
+        self.modulation = modulation
+        self.attn = SelfAttention(width, heads, cosine)
+        self.cross = CrossAttention(width, heads, context_width, cosine) if context_width else None
+        self.ffn = FeedForward(width, round(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
+        if call.vector is None:
+            raise ValueError("an AdaLN block needs a condition vector in its call, got None")
+        g1, g2, s1, s2, b1, b2 = self.modulation(call.vector)[:, :, None].unbind(1)
+        x = x + self.drop_path(g1 * self.attn(self.norm(x) * (1 + s1) + b1, call, layer))
+        if self.cross is not None:
+            x = x + self.drop_path(self.cross(self.norm(x), call))
+        return x + self.drop_path(g2 * self.ffn(self.norm(x) * (1 + s2) + b2))
+
+
+class AdaLNHead(nn.Module):
+    """Logits in float32: linear(norm(x) (1 + scale) + shift), scale and shift from the condition vector."""
+
+    def __init__(self, width: int, codes: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps, elementwise_affine=False)
+        self.project = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, codes)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x if x.dtype == torch.float64 else x.float()
+            scale, shift = self.project(F.silu(vector.to(wide.dtype)))[:, None].chunk(2, -1)
+            return self.linear(self.norm(wide) * (1 + scale) + shift)

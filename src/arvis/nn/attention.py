@@ -1,0 +1,45 @@
+"""The one attention of the package, and rotary positions. Scaled-dot-product attention is the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pairs = Literal["interleaved", "halves"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over [B, H, R, h]; mask bool [B|1, 1, Q, K], True = visible.
+
+    A row that sees nothing gives 0."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    blind = ~mask.any(-1, keepdim=True)  # softmax of nothing is NaN: let the row see everything, then drop its output
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale)
+    return out.masked_fill(blind, 0)
+
+
+def rotate(x: Tensor, table: Tensor, pairs: Pairs) -> Tensor:
+    """Rotate pairs of channels of x [B, H, R, h] by table [B|1, R, h/2, 2] of (cos, sin); float32 inside.
+
+    The table is data: a row of zeros switches a row off (LlamaGen's condition rows)."""
+    cos, sin = table[:, None].unbind(-1)
+    if pairs == "interleaved":
+        a, b = x.to(table.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+    a, b = x.to(table.dtype).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def grid_angles(coords_NA: Tensor, dims: Sequence[int], base: float = 10000.0) -> Tensor:
+    """Axial rotary table [1, N, sum(dims)/2, 2] of (cos, sin): dims[a] channels for axis a, at rates base^(-2i/dims[a])."""
+    angles = []
+    for axis, dim in enumerate(dims):
+        rate = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=coords_NA.device) / dim)
+        angles.append(coords_NA[:, axis, None].double() * rate)
+    angle = torch.cat(angles, -1)
+    return torch.stack((angle.cos(), angle.sin()), -1).float()[None]

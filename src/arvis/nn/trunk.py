@@ -1,0 +1,41 @@
+"""A trunk is a list of blocks with one signature: block(x, call, layer)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from arvis.nn.cache import Cache
+
+
+@dataclass
+class Call:
+    """What every block of one trunk call may read.
+
+    mask [B*G|1, 1, Q, K] bool or None; rotary table [B*G|1, R, h/2, 2]; cache; the modulation input `vector` [B*G, D];
+    cross-attention `context` = (keys [B*G, T, E], visible [B*G, T] bool or None).
+    """
+
+    mask: Tensor | None = None
+    table: Tensor | None = None
+    cache: Cache | None = None
+    vector: Tensor | None = None
+    context: tuple[Tensor, Tensor | None] | None = None
+
+
+class Trunk(nn.Module):
+    """Blocks in a row. `layers` runs a subset: heads at several depths, skipped depth, taps on hidden states."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def forward(self, x_RD: Tensor, call: Call, layers: Sequence[int] | None = None) -> Tensor:
+        for i in range(len(self.blocks)) if layers is None else layers:
+            x_RD = self.blocks[i](x_RD, call, i)
+        return x_RD

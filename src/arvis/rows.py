@@ -1,0 +1,74 @@
+"""Visibility as data: each input row of a network carries the step it helps to predict, and a rule compares steps.
+
+The row that carries group j's tokens has step j + 1, because it helps to predict group j + 1 first; the row that starts
+the sequence has step 0. Under `upto` that one convention is the mask of next-token, next-scale, next-front and level
+orders alike. Rules are elementwise, so the dense mask, the incremental mask over a cache and a block mask come from one
+source. Rows are control data and live on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arvis.tokens import NEVER
+
+CLEAN, NOISY = 0, 1
+
+
+class Rows(NamedTuple):
+    """`step` and `tag`, int32 [B|1, R]. `tag` means what the system's own rule says (0 where it says nothing)."""
+
+    step: Tensor
+    tag: Tensor
+
+    @classmethod
+    def of(cls, step: Tensor, tag: int | Tensor = 0) -> Rows:
+        """From step [R] or [B|1, R] and one tag for all, or one per row."""
+        step = step.to("cpu", torch.int32)
+        step = step[None] if step.dim() == 1 else step
+        tag = tag.to("cpu", torch.int32).expand_as(step) if isinstance(tag, Tensor) else torch.full_like(step, tag)
+        return cls(step, tag)
+
+    @property
+    def count(self) -> int:
+        return self.step.shape[1]
+
+
+See = Callable[[Rows, Rows], Tensor]
+"""(query rows [.., Q, 1], key rows [.., 1, K]) -> bool [.., Q, K]; pure and elementwise."""
+
+
+def upto(q: Rows, k: Rows) -> Tensor:
+    """A row sees every row of its own and earlier steps (block-causal)."""
+    return k.step <= q.step
+
+
+def same(q: Rows, k: Rows) -> Tensor:
+    """A row sees its own step only (Markov orders)."""
+    return k.step == q.step
+
+
+def window(size: int, sink: int = 0) -> See:
+    """The last `size` steps, and the first `sink` steps always."""
+
+    def see(q: Rows, k: Rows) -> Tensor:
+        return (k.step <= q.step) & ((q.step - k.step < size) | (k.step < sink))
+
+    return see
+
+
+def clean_noisy(q: Rows, k: Rows) -> Tensor:
+    """Clean rows are visible up to the query's step; noisy rows only to noisy rows of their own step (ACDiT)."""
+    return (k.step <= q.step) & ((k.tag == CLEAN) | ((q.tag == NOISY) & (k.step == q.step)))
+
+
+def render(see: See, q: Rows, k: Rows) -> Tensor | None:
+    """The boolean mask [B|1, 1, Q, K] of a rule, or None when everything is visible. Keys of step NEVER are not."""
+    queries = Rows(q.step[..., :, None], q.tag[..., :, None])
+    keys = Rows(k.step[..., None, :], k.tag[..., None, :])
+    mask = see(queries, keys) & (keys.step < NEVER)
+    return None if bool(mask.all()) else mask[:, None]

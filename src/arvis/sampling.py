@@ -1,0 +1,96 @@
+"""Guidance and filters: functions from tensors to tensors, composed by each system in its official order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mix(h_BG: Tensor, w_BG: Tensor) -> Tensor:
+    """Guidance: the weighted sum over G rows (weights sum to 1) of logits, velocities or features [B, G, ...]."""
+    if h_BG.shape[1] == 1:
+        return h_BG[:, 0]
+    weight = w_BG.to(h_BG.device, h_BG.dtype).view(*w_BG.shape, *(1,) * (h_BG.dim() - 2))
+    return (h_BG * weight).sum(1)
+
+
+def cfg(scale: float) -> tuple[float, float]:
+    """Weights of (condition, null) for u + s (c - u)."""
+    return scale, 1 - scale
+
+
+def var_cfg(t: float) -> tuple[float, float]:
+    """Weights of (condition, null) for VAR's (1 + t) c - t u."""
+    return 1 + t, -t
+
+
+def two_way(text: float, image: float) -> tuple[float, float, float]:
+    """Weights of (both, image only, neither) for two nested conditions."""
+    return text, image - text, 1 - image
+
+
+def per_item(value: float | Sequence[float] | Tensor, items: int) -> Tensor:
+    """One setting for all items, or one per item, as float64 [B] on the host."""
+    out = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    if out.dim() > 1 or (out.dim() == 1 and len(out) != items):
+        raise ValueError(f"a setting is one number or one per item ({items}), got shape {tuple(out.shape)}")
+    return out.expand(items).clone()
+
+
+def _column(setting: float | Tensor, logits: Tensor) -> Tensor:
+    """A setting that broadcasts over [B, n, S, V]."""
+    value = torch.as_tensor(setting, dtype=logits.dtype).to(logits.device)
+    return value.view(-1, *(1,) * (logits.dim() - 1))
+
+
+def temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """logits / temperature; a temperature of 0 leaves only the most likely code."""
+    t = _column(temperature, logits)
+    if bool((t == 1).all()):
+        return logits
+    best = logits.argmax(-1, keepdim=True)
+    greedy = torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
+    return torch.where(t == 0, greedy, logits / t.clamp_min(torch.finfo(logits.dtype).tiny))
+
+
+def top_k(logits: Tensor, k: int | Tensor) -> Tensor:
+    """Drop (-inf) logits below the k-th largest; ties stay. k <= 0 keeps all; k may differ per item [B]."""
+    k_B = torch.as_tensor(k).reshape(-1).long()
+    k_B = torch.where(k_B > 0, k_B, logits.shape[-1]).clamp(max=logits.shape[-1])
+    most = int(k_B.max())
+    if int(k_B.min()) == logits.shape[-1]:
+        return logits
+    best = logits.topk(most, -1).values
+    index = (k_B - 1).to(logits.device).view(-1, *(1,) * (logits.dim() - 1)).expand(*logits.shape[:-1], 1)
+    return logits.masked_fill(logits < best.gather(-1, index), float("-inf"))
+
+
+def top_p(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Keep the smallest set of codes whose probability exceeds p: sorted ascending, codes are dropped while their
+    cumulative probability is <= 1 - p; the most likely code always stays. p <= 0 or >= 1 keeps all."""
+    p_B = torch.as_tensor(p, dtype=logits.dtype).reshape(-1)
+    p_B = torch.where((p_B > 0) & (p_B < 1), p_B, torch.inf)
+    if bool(p_B.isinf().all()):
+        return logits
+    value, index = logits.sort(-1)
+    drop = value.softmax(-1).cumsum(-1) <= 1 - _column(p_B, logits)
+    drop[..., -1] = False
+    return logits.masked_fill(drop.scatter(-1, index, drop), float("-inf"))
+
+
+def draw(probs: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF draw: probs [..., V] (any positive total), u [...] uniform in (0, 1) -> int64 [...].
+
+    One uniform per draw instead of V; a code of probability 0 is never drawn. Sums run in float64."""
+    cdf = probs.double().cumsum(-1)
+    total = cdf[..., -1:]
+    x = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, x, right=True)[..., 0]
+
+
+def lowest(score_Bn: Tensor, m: int) -> Tensor:
+    """bool [B, n], True at the m lowest scores of each item (ties: the earlier position)."""
+    order = score_Bn.argsort(-1, stable=True)
+    return torch.zeros_like(score_Bn, dtype=torch.bool).scatter(-1, order[..., :m], True)

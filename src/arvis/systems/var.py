@@ -1,0 +1,399 @@
+"""VAR: class-conditional images by next-scale prediction over a multi-scale residual VQ pyramid.
+
+Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction, arXiv 2404.02905. Weights: MIT.
+
+One step draws all tokens of one scale, given every coarser scale (rule `upto`, block-causal). The input of scale k is
+the reconstruction accumulated over scales < k, shrunk to the size of scale k; scale 0 starts from the condition. The
+class embedding also modulates every block. Guidance grows with the scale: (1 + t) c - t u with t = cfg k / (K - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arvis.dist import Categorical, Dist
+from arvis.nn.adaln import AdaLNBlock, AdaLNHead, OwnModulation, SharedModulation
+from arvis.nn.cache import Cache
+from arvis.nn.trunk import Call, Trunk
+from arvis.noise import Source
+from arvis.orders import by_level
+from arvis.published import File, Preset, Result
+from arvis.rows import Rows, See, render, upto
+from arvis.sampling import mix, per_item, temper, top_k, top_p, var_cfg
+from arvis.state import Cond, State
+from arvis.tokenizers.cnn import CNNConfig
+from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
+from arvis.tokens import Layout, Pin, Space, pyramid
+
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARSampling:
+    """Official sampling settings; each may be one number or one per item. `cfg_scale` is t at the last scale."""
+
+    cfg_scale: float = 1.5
+    top_k: int = 900
+    top_p: float = 0.96
+    temperature: float = 1.0
+
+    @classmethod
+    def plain(cls) -> Self:
+        """The unguided, unfiltered law of the model."""
+        return cls(cfg_scale=0.0, top_k=0, top_p=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARConfig:
+    """Sizes of the transformer and its tokenizer."""
+
+    tokenizer: PyramidVQConfig
+    depth: int
+    width: int
+    heads: int
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    shared_aln: bool = False
+    attn_l2_norm: bool = True
+    drop_path: float = 0.0
+    label_drop: float = 0.1
+    adaln_init: float = 1e-3
+
+
+class Condition(NamedTuple):
+    """A condition as the transformer takes it: the start row, the modulation input, and what cross-attention reads."""
+
+    start: Tensor
+    vector: Tensor
+    context: tuple[Tensor, Tensor | None] | None = None
+
+
+class ClassConditioner(nn.Module):
+    """One learned row per class, and a last one for "no class"; it is the start row and the modulation at once."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding = nn.Embedding(num_classes + 1, width)
+
+    def prepare(self, request: dict[str, Any]) -> Cond:
+        labels = request.get("class_labels")
+        if labels is None:
+            raise ValueError(f"class_labels are needed: integers 0..{self.num_classes} ({self.num_classes} = no class)")
+        labels = torch.as_tensor(labels, dtype=torch.int64, device=self.embedding.weight.device).reshape(-1)
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
+            raise ValueError(f"class_labels lie in 0..{self.num_classes}, got {int(labels.min())}..{int(labels.max())}")
+        return {"class_labels": labels}
+
+    def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
+        """Rows of the classes, those with `null_B` True as "no class"."""
+        labels = torch.full_like(null_B, self.num_classes, dtype=torch.int64)
+        if cond is not None:
+            labels = torch.where(null_B, labels, cond["class_labels"])
+        row = self.embedding(labels)
+        return Condition(row, row)
+
+
+class ScaleTransformer(nn.Module):
+    """The transformer over scales: embed, blocks, head. The conditioner and the blocks are given."""
+
+    def __init__(
+        self,
+        config: VARConfig,
+        conditioner: nn.Module,
+        block: Callable[[int], nn.Module],
+    ) -> None:
+        super().__init__()
+        layout, width = pyramid(config.tokenizer.patch_nums), config.width
+        self.config, self.layout = config, layout
+        self.conditioner = conditioner
+        self.word = nn.Linear(config.tokenizer.z_channels, width)
+        self.start_position = nn.Parameter(torch.zeros(1, layout.sizes[0], width))
+        self.position = nn.Parameter(torch.zeros(1, layout.n, width))
+        self.level = nn.Embedding(layout.K, width)
+        self.shared = nn.Linear(width, 6 * width) if config.shared_aln else None
+        self.trunk = Trunk(block(i) for i in range(config.depth))
+        self.head = AdaLNHead(width, config.tokenizer.vocab_size, config.norm_eps)
+
+    def embed(self, c: Condition, x_BNC: Tensor | None, first: int, last: int) -> Tensor:
+        """Input rows [B*G, R, D] of scales first..last-1; x holds their features, without scale 0."""
+        rows = []
+        if first == 0:
+            rows.append(c.start[:, None] + self.start_position)
+        if x_BNC is not None:
+            word = self.word(x_BNC)  # the same for every guidance row: multiplied once
+            rows.append(word.repeat_interleave(len(c.start) // len(word), 0))
+        span = slice(self.layout.offsets[first], self.layout.offsets[last])
+        level = self.level(self.layout.level_N[span].to(self.position.device))
+        return torch.cat(rows, 1) + self.position[:, span] + level
+
+    def forward(
+        self, c: Condition, x_BNC: Tensor | None, first: int, last: int, see: See, cache: Cache | None = None
+    ) -> Tensor:
+        """Hidden rows [B*G, R, D] of scales first..last-1, over the cache where there is one."""
+        x = self.embed(c, x_BNC, first, last)
+        rows = Rows.of(self.layout.level_N[self.layout.offsets[first] : self.layout.offsets[last]])
+        # nothing reads the rows of the last scale later, so they take no slot of the cache
+        mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
+        vector = c.vector
+        if self.shared is not None:
+            vector = self.shared(F.silu(c.vector)).view(-1, 6, self.config.width)
+        mask = mask if mask is None else mask.to(x.device)
+        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, context=c.context))
+
+    def init_weights(self) -> None:
+        """The official initialisation: small gates, small head, residual outputs scaled with depth."""
+        width, depth, std = self.config.width, len(self.trunk), (1 / (3 * self.config.width)) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        for position in (self.start_position, self.position):
+            nn.init.trunc_normal_(position, std=std)
+        with torch.no_grad():
+            self.head.linear.weight *= 0.02
+            self.head.project.weight *= 0.5
+            for block in self.trunk.blocks:
+                block.attn.out.weight /= (2 * depth) ** 0.5
+                block.ffn.down.weight /= (2 * depth) ** 0.5
+                gates = (
+                    block.modulation.project.weight
+                    if isinstance(block.modulation, OwnModulation)
+                    else block.modulation.offset.view(6 * width, 1)
+                )
+                gates[: 2 * width] *= self.config.adaln_init
+                gates[2 * width :] *= 0.5
+
+
+class VAR(nn.Module):
+    """The three verbs over scales. `see` is the visibility between scales: `upto` for VAR."""
+
+    Sampling = VARSampling
+
+    def __init__(self, tokenizer: PyramidVQ, transformer: ScaleTransformer, see: See = upto) -> None:
+        super().__init__()
+        self.tokenizer, self.transformer, self.see = tokenizer, transformer, see
+        self.space: Space = tokenizer.space
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that official files hold."""
+        return {"tokenizer": self.tokenizer, "transformer": self.transformer}
+
+    def prepare(self, request: dict[str, Any]) -> Cond:
+        return self.transformer.conditioner.prepare(request)
+
+    # -- the three verbs ------------------------------------------------------------------------------------------
+
+    def start(
+        self, cond: Cond | None, sampling: Any, noise: Source, layout: Layout | None = None, given: Pin | None = None
+    ) -> State:
+        items, layout = len(noise), self._layout(layout)
+        device = self.transformer.position.device
+        scale = per_item(sampling.cfg_scale, items)
+        ramp = torch.arange(layout.K) / max(layout.K - 1, 1)
+        t = scale[:, None] * ramp  # t = cfg k / (K - 1): [B, K]
+        guided = bool((scale != 0).any())
+        null = torch.zeros(items, dtype=torch.bool, device=device)
+        c = _stack([self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))])
+        s = State(
+            tokens=torch.zeros(items, layout.n, 1, dtype=torch.int64, device=device),
+            group=by_level(layout).to(device).expand(items, -1).clone(),
+            k=torch.zeros(items, dtype=torch.int64),
+            K=layout.K,
+            noise=noise,
+            layout=layout,
+            cond=cond or {},
+            weights=torch.stack(var_cfg(t) if guided else (torch.ones_like(t),), -1),
+            knobs={name: per_item(getattr(sampling, name), items) for name in ("top_k", "top_p", "temperature")},
+            given=given,
+            cache={"trunk": Cache(items, layout.offsets[-2])},
+            more={"f": self.tokenizer.start(items, layout), **c},
+        )
+        for k in range(layout.K):  # a prefix of wholly given scales is committed; the next predict feeds it in one pass
+            span = torch.arange(layout.offsets[k], layout.offsets[k + 1])[None]
+            pin = s.pin(span)
+            if pin is None or not bool(pin.mask.all()):
+                break
+            self.commit(s, Categorical(span, torch.empty(0)), pin.value)
+        return s
+
+    def predict(self, s: State) -> Dist:
+        k, layout, cache = s.at(), s.layout, s.cache["trunk"]
+        first = layout.offsets.index(cache.end)  # scales first..k are pending
+        if first == k:
+            x = None if k == 0 else self.tokenizer.next_input(s.more["f"], k, layout)
+        else:
+            x = self.tokenizer.inputs(s.tokens, layout, first, k + 1)
+        c = _unstack(s.more)
+        h = self.transformer(c, x, first, k + 1, self.see, cache)[:, -layout.sizes[k] :]
+        logits = self.transformer.head(h, c.vector).unflatten(0, (len(s), -1))  # [B, G, n, V]
+        logits = mix(logits, s.weight(k))[:, :, None]
+        logits = top_p(top_k(temper(logits, s.knobs["temperature"]), s.knobs["top_k"]), s.knobs["top_p"])
+        where = torch.arange(layout.offsets[k], layout.offsets[k + 1], device=logits.device)[None]
+        return Categorical(where, logits, at=k)
+
+    def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
+        k = s.at()
+        s.tokens[:, s.layout.span(k)] = x_BnS
+        s.more["f"] = self.tokenizer.accumulate(s.more["f"], x_BnS, k, s.layout)
+        s.k = s.k + 1
+
+    # -- one pass over all scales ---------------------------------------------------------------------------------
+
+    def teacher(self, tokens: Tensor, cond: Cond | None, layout: Layout | None = None) -> Categorical:
+        """The distribution of every token given the true coarser scales, logits [B, N, 1, V]."""
+        null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        return self._teacher(tokens, self.transformer.conditioner(cond, null), self._layout(layout))
+
+    def _teacher(self, tokens: Tensor, c: Condition, layout: Layout) -> Categorical:
+        x = self.tokenizer.inputs(tokens, layout, 0, layout.K)
+        h = self.transformer(c, x, 0, layout.K, self.see)
+        return Categorical(torch.arange(layout.n)[None], self.transformer.head(h, c.vector)[:, :, None])
+
+    def loss(self, batch: dict[str, Any], noise: Source) -> dict[str, Tensor]:
+        """Mean cross-entropy over all tokens of all scales, in nats; conditions are dropped with `label_drop`.
+
+        batch: "tokens" [B, N, 1], or "image" [B, 3, Y, X] in [-1, 1] to be encoded; and the conditions.
+        """
+        layout = self._layout(None)
+        with torch.no_grad():
+            tokens = batch["tokens"] if "tokens" in batch else self.tokenizer.encode(batch["image"], layout)
+        null = noise.uniform("drop", 0, ()).to(tokens.device) < self.transformer.config.label_drop
+        c = self.transformer.conditioner(self.prepare(batch), null)
+        logits = self._teacher(tokens, c, layout).logits
+        nats = F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
+        hit = (logits.detach().argmax(-1) == tokens)[..., 0].float()
+        per_scale = {f"nats_{k}": nats[:, layout.span(k)].mean().detach() for k in range(layout.K)}
+        return {"loss": nats.mean(), "accuracy": hit.mean(), **per_scale}
+
+    def _layout(self, layout: Layout | None) -> Layout:
+        own = self.transformer.layout
+        if layout is not None and layout != own:
+            raise ValueError(f"positions are learned for scales {own.levels}, got {layout.levels}; train with these")
+        return own
+
+
+def _stack(rows: list[Condition]) -> dict[str, Tensor]:
+    """Conditions of the guidance rows as state tensors [B, G, ...]."""
+    out = {"start": torch.stack([r.start for r in rows], 1), "vector": torch.stack([r.vector for r in rows], 1)}
+    if rows[0].context is not None:
+        out["context"] = torch.stack([r.context[0] for r in rows if r.context], 1)
+        out["visible"] = torch.stack([r.context[1] for r in rows if r.context and r.context[1] is not None], 1)
+    return out
+
+
+def _unstack(more: dict[str, Tensor]) -> Condition:
+    """The same, flattened to [B*G, ...]."""
+    context = (more["context"].flatten(0, 1), more["visible"].flatten(0, 1)) if "context" in more else None
+    return Condition(more["start"].flatten(0, 1), more["vector"].flatten(0, 1), context)
+
+
+def smooth(system: VAR, cond: Cond | None, sampling: Any, noise: Source) -> Tensor:
+    """Pictures from soft codes (the official `more_smooth`): features [B, C, Y, X] for `tokenizer.decode_features`.
+
+    Each position adds softmax((z (1 + r) + g) / tau) @ codebook with Gumbel noise g, r = k / (K - 1) and
+    tau = max(0.27 (1 - 0.95 r), 0.005). For looking at, not for measuring: no token sequence is drawn.
+    """
+    codebook = system.tokenizer.quantize.embedding.weight
+    s = system.start(cond, sampling, noise)
+    while not bool(s.done.all()):
+        k, d = s.at(), system.predict(s)
+        z = d.logits[:, :, 0]
+        r = k / max(s.K - 1, 1)
+        g = -(-noise.uniform("gumbel", k, z.shape[1:]).to(z.device).log()).log()
+        weight = ((z * (1 + r) + g) / max(0.27 * (1 - 0.95 * r), 0.005)).softmax(-1)
+        f = s.more["f"]
+        system.commit(s, d, z.argmax(-1, keepdim=True))
+        s.more["f"] = system.tokenizer.accumulate_soft(f, weight.to(f.dtype) @ codebook, k, s.layout)
+    return s.more["f"]
+
+
+# -- assembly and presets -----------------------------------------------------------------------------------------
+
+
+def adaln_block(config: VARConfig, layer: int, context_width: int = 0) -> AdaLNBlock:
+    """Block `layer` of a configuration; stochastic depth grows linearly to `drop_path`."""
+    return AdaLNBlock(
+        config.width,
+        config.heads,
+        modulation=SharedModulation(config.width) if config.shared_aln else OwnModulation(config.width),
+        mlp_ratio=config.mlp_ratio,
+        eps=config.norm_eps,
+        cosine=config.attn_l2_norm,
+        drop_path=config.drop_path * layer / max(config.depth - 1, 1),
+        context_width=context_width,
+    )
+
+
+def build(config: VARConfig) -> VAR:
+    """A VAR with freshly initialised weights."""
+    conditioner = ClassConditioner(config.num_classes, config.width)
+    transformer = ScaleTransformer(config, conditioner, lambda i: adaln_block(config, i))
+    transformer.init_weights()
+    return VAR(PyramidVQ(config.tokenizer), transformer)
+
+
+def tokenizer_config(patch_nums: tuple[int, ...] = PATCH_NUMS_256) -> PyramidVQConfig:
+    """The published tokenizer: 4,096 codes of 32 channels, 16x down; one file serves 256 and 512 pixels."""
+    return PyramidVQConfig(patch_nums=patch_nums, vocab_size=4096, z_channels=32, cnn=CNNConfig(ch=160))
+
+
+def preset(depth: int, patch_nums: tuple[int, ...], shared: bool, adaln_init: float) -> VARConfig:
+    """The scaling rule: width 64 per layer of depth, one head per layer of depth."""
+    return VARConfig(
+        tokenizer=tokenizer_config(patch_nums),
+        depth=depth,
+        width=64 * depth,
+        heads=depth,
+        shared_aln=shared,
+        drop_path=0.1 * depth / 24,
+        adaln_init=adaln_init,
+    )
+
+
+_REPO = "FoundationVision/var"
+_TOKENIZER = File(repo=_REPO, name="vae_ch160v4096z32.pth")
+
+
+def _preset(depth: int, patch_nums: tuple[int, ...], shared: bool, adaln_init: float) -> Preset:
+    return Preset(
+        config=lambda: preset(depth, patch_nums, shared, adaln_init),
+        files={"tokenizer": _TOKENIZER, "transformer": File(repo=_REPO, name=f"var_d{depth}.pth")},
+        licence="MIT",
+    )
+
+
+PRESETS = {
+    "var-d16": _preset(16, PATCH_NUMS_256, False, 1e-3),
+    "var-d20": _preset(20, PATCH_NUMS_256, False, 1e-3),
+    "var-d24": _preset(24, PATCH_NUMS_256, False, 1e-4),
+    "var-d30": _preset(30, PATCH_NUMS_256, False, 1e-5),
+    "var-d36": _preset(36, PATCH_NUMS_512, True, 5e-6),
+}
+
+RESULTS = tuple(
+    Result(
+        preset=name, metric="FID", value=fid, settings="cfg 1.5, top_k 900, top_p 0.96, 50k", source="official README"
+    )
+    for name, fid in (("var-d16", 3.55), ("var-d20", 2.95), ("var-d24", 2.33), ("var-d30", 1.97), ("var-d36", 2.63))
+)
+
+
+def tiny() -> VAR:
+    """The smallest complete VAR, for the laws."""
+    tokenizer = PyramidVQConfig(
+        patch_nums=(1, 2, 3),
+        vocab_size=5,
+        z_channels=4,
+        cnn=CNNConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
+    )
+    return build(VARConfig(tokenizer=tokenizer, depth=2, width=16, heads=2, num_classes=3, adaln_init=1.0))

@@ -1,0 +1,78 @@
+"""The loop. Everything built on generation (previews, streaming, cancellation, search) consumes these steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arvis.denoise import Watch
+from arvis.noise import Source
+from arvis.state import Cond, State, System
+from arvis.tokens import Layout, Pin
+
+
+@dataclass
+class Step:
+    """One group was decided: `k` of `K` groups are, `fresh` [B|1, n] are the positions of the last one."""
+
+    k: int
+    K: int
+    fresh: Tensor
+    state: State
+    preview: Callable[[], Tensor]
+    """Decode what is known so far; call before the next step."""
+
+
+def walk(system: System, s: State, until: int | None = None, watch: Watch | None = None) -> Iterator[Step]:
+    """Decide group after group until the end (or until group `until`); stop iterating to cancel."""
+    while not bool(s.done.all()) and (until is None or s.at() < until):
+        d = system.predict(s)
+        x = d.sample(s.noise, s.pin(d.where), watch)
+        system.commit(s, d, x)
+        yield Step(
+            k=s.at(),
+            K=s.K,
+            fresh=d.where,
+            state=s,
+            preview=lambda: system.tokenizer.decode(s.tokens, s.layout, s.known, s.noise),
+        )
+
+
+def generate(
+    system: System,
+    cond: Cond | None,
+    sampling: Any,
+    noise: Source,
+    layout: Layout | None = None,
+    given: Pin | None = None,
+    watch: Watch | None = None,
+) -> Iterator[Step]:
+    """Start and walk; item i of the batch is a pure function of (its condition, its seed, the settings)."""
+    yield from walk(system, system.start(cond, sampling, noise, layout, given), watch=watch)
+
+
+def finish(steps: Iterable[Step]) -> State:
+    """Run to the end and return the final state."""
+    last = deque(steps, maxlen=1)
+    if not last:
+        raise ValueError("nothing was left to decide: every group was given")
+    return last[0].state
+
+
+def likelihood(
+    system: System, tokens: Tensor, cond: Cond | None, noise: Source, layout: Layout | None = None
+) -> Tensor:
+    """log p(tokens | cond) in nats [B] under the unguided, unfiltered law, walking the system's own order."""
+    s = system.start(cond, system.Sampling.plain(), noise, layout)
+    total = torch.zeros(len(s), dtype=torch.float64)
+    while not bool(s.done.all()):
+        d = system.predict(s)
+        x = tokens.gather(1, d.where.expand(len(s), -1)[..., None].expand(-1, -1, tokens.shape[-1]))
+        total += d.log_prob(x).sum(1).double().cpu()
+        system.commit(s, d, x)
+    return total
