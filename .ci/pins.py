@@ -6,7 +6,7 @@ from pathlib import Path
 
 report = json.loads(Path(sys.argv[1]).read_text())
 pins = {item["metadata"]["name"]: item["metadata"]["version"].partition("+")[0] for item in report["install"]}
-print("# The development environment, pinned; `make pins` rewrites this file. Local builds (+cpu) of a version fit too.")
+print("# The development environment, pinned; `make pins` rewrites this file. Local builds (+cpu) of a version fit.")
 for name in sorted(pins, key=str.lower):
     if name != "arvis":
         print(f"{name}=={pins[name]}")
