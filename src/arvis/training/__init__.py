@@ -1,0 +1,1 @@
+"""One training loop, and what it needs: schedules, precision, averages, checkpoints, ranks, losses of stage one."""
