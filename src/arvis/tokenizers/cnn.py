@@ -1,0 +1,184 @@
+"""The convolutional encoder and decoder of VQGAN (arXiv 2012.09841), as VAR's tokenizer uses them.
+
+Attribute names are those of the published checkpoints, so that state dicts map one to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class CNNConfig:
+    """Channels are `ch` times `ch_mult` per resolution; each resolution after the first halves the map.
+
+    `using_sa` puts attention after every block of the lowest resolution, `using_mid_sa` between the two middle blocks.
+    """
+
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    in_channels: int = 3
+    z_channels: int = 32
+    using_sa: bool = True
+    using_mid_sa: bool = True
+
+    def __post_init__(self) -> None:
+        if self.ch % 32:
+            raise ValueError(f"group normalisation has 32 groups: ch must be a multiple of 32, got {self.ch}")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per cell along each axis."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the channels change."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class PixelAttention(nn.Module):
+    """Single-head attention over all cells of the map, 1x1 projections, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, HW, 3C]
+        q, k, v = qkv.chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v)  # scale C^-0.5
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    """Halves the map: one row and column of zeros at the bottom right, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the map: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = PixelAttention(channels) if attention else nn.Identity()
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, each followed by attention if there is any, then the change of resolution."""
+
+    def __init__(
+        self,
+        channels: list[int],
+        attention: bool,
+        downsample: nn.Module | None = None,
+        upsample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(channels))
+        self.attn = nn.ModuleList(PixelAttention(c) if attention else nn.Identity() for c in channels[1:])
+        self.downsample = downsample or nn.Identity()
+        self.upsample = upsample or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in zip(self.block, self.attn, strict=True):
+            x = attention(block(x))
+        return self.upsample(self.downsample(x))
+
+
+class CNNEncoder(nn.Module):
+    """Images [B, in_channels, H, W] -> maps [B, z_channels, H / downsample, W / downsample]."""
+
+    def __init__(self, config: CNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            before = config.ch if level == 0 else widths[level - 1]
+            channels = [before, *[width] * config.num_res_blocks]
+            down = Downsample(width) if level < last else None
+            self.down.append(Stage(channels, config.using_sa and level == last, downsample=down))
+        self.mid = Middle(widths[-1], config.using_mid_sa)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for stage in self.down:
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class CNNDecoder(nn.Module):
+    """Maps [B, z_channels, h, w] -> images [B, in_channels, h * downsample, w * downsample], not clamped."""
+
+    def __init__(self, config: CNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.using_mid_sa)
+        self.up = nn.ModuleList()  # up[0] is the full resolution, used last
+        for level, width in enumerate(widths):
+            before = widths[min(level + 1, last)]
+            channels = [before, *[width] * (config.num_res_blocks + 1)]
+            up = Upsample(width) if level > 0 else None
+            self.up.append(Stage(channels, config.using_sa and level == last, upsample=up))
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for stage in reversed(self.up):
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
