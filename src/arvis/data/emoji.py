@@ -1,7 +1,7 @@
 """The emoji world: 3,655 hand-drawn pictures with names, groups, genders and skin tones.
 
-Pictures: Noto Color Emoji (SIL Open Font License 1.1). Names and groups: Unicode's emoji-test.txt (Unicode licence). The
-file `emoji64.zip` in this folder is made by `scripts/build_emoji.py`; its notices are in `emoji64.LICENSE.txt`.
+Pictures: Noto Color Emoji (SIL Open Font License 1.1). Names and groups: Unicode's emoji-test.txt (Unicode licence).
+The file `emoji64.zip` in this folder is made by `scripts/build_emoji.py`; its notices are in `emoji64.LICENSE.txt`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Split = Literal["train", "heldout", "all"]
 class EmojiRow:
     """One emoji.
 
-    `base` is what all its variants share ("firefighter", "waving hand"); `gender` is None where nobody is drawn, "person",
-    "man", "woman", or joined by "+" for couples and families ("woman+man"); `skin_tone` is None for the default drawing,
-    one of SKIN_TONES, or two joined by "+".
+    `base` is what all its variants share ("firefighter", "waving hand"); `gender` is None where nobody is drawn, else
+    "person", "man", "woman", or joined by "+" for couples and families ("woman+man"); `skin_tone` is None for the
+    default drawing, one of SKIN_TONES, or two joined by "+".
     """
 
     name: str
@@ -61,14 +61,20 @@ class Emoji:
     An item is `{"image": uint8 [3, size, size] on white, "caption": name, "label": group index}`.
     """
 
-    def __init__(self, rgba_NHWC: np.ndarray, rows: Sequence[EmojiRow], indices: Sequence[int], about: dict[str, str]) -> None:  # noqa: N803
+    def __init__(
+        self,
+        rgba_NHWC: np.ndarray,  # noqa: N803
+        rows: Sequence[EmojiRow],
+        indices: Sequence[int],
+        sources: dict[str, str],
+    ) -> None:
         self._rgba_NHWC = rgba_NHWC  # premultiplied, of the whole world; a split is a selection of it
         self._indices = np.asarray(indices, np.int64)
         self._every_row = tuple(rows)
         self._white: Tensor | None = None
         self.rows = tuple(rows[i] for i in self._indices)
-        self.groups = tuple(dict.fromkeys(row.group for row in rows))
-        self.sources = about
+        self.classes = tuple(dict.fromkeys(row.group for row in rows))
+        self.sources = sources
         self.size = rgba_NHWC.shape[1]
 
     def __len__(self) -> int:
@@ -77,7 +83,7 @@ class Emoji:
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[i]
         rgba_HWC = self._rgba_NHWC[self._indices[i]]
-        return {"image": _on_white(rgba_HWC), "caption": row.name, "label": self.groups.index(row.group)}
+        return {"image": _on_white(rgba_HWC), "caption": row.name, "label": self.classes.index(row.group)}
 
     def rgba(self, i: int) -> Tensor:
         """Straight (not premultiplied) colour and alpha, uint8 [4, size, size]; colour is 0 where alpha is 0."""
@@ -87,9 +93,9 @@ class Emoji:
         straight_HWC = np.concatenate([colour_HWC, alpha_HW1], -1).round().clip(0, 255).astype(np.uint8)
         return torch.from_numpy(straight_HWC.transpose(2, 0, 1).copy())
 
-    def premultiplied(self) -> np.ndarray:
-        """Every picture of this split as premultiplied colour and alpha, uint8 [N, size, size, 4]."""
-        return self._rgba_NHWC[self._indices]
+    def premultiplied_of(self, i: int) -> np.ndarray:
+        """One picture as premultiplied colour and alpha, uint8 [size, size, 4], read-only: what pasting needs."""
+        return self._rgba_NHWC[self._indices[i]]
 
     def all_images(self) -> Tensor:
         """Every picture of this split on white, uint8 [N, 3, size, size]; computed once, do not write into it."""
@@ -120,9 +126,12 @@ def load_emoji(size: int = 64, path: str | Path | None = None) -> Emoji:
     """All emoji at `size` x `size` pixels.
 
     The package holds 64 x 64; smaller sizes are averaged from it in premultiplied colour. Larger ones need a file of
-    their own: `python scripts/build_emoji.py --size 128 --output FILE`, then `load_emoji(128, path=FILE)`.
+    their own: `python scripts/build_emoji.py --size 128` writes it into this folder, or with `--output FILE` elsewhere,
+    for `load_emoji(128, path=FILE)`.
     """
-    source = Path(path) if path is not None else Path(__file__).with_name("emoji64.zip")
+    beside = Path(__file__).with_name
+    larger = beside(f"emoji{size}.zip")
+    source = Path(path) if path is not None else larger if larger.is_file() else beside("emoji64.zip")
     if not source.is_file():
         raise FileNotFoundError(f"no emoji file at {source}; make one with scripts/build_emoji.py --output {source}")
     rgba_NHWC, rows, about = _read(str(source), source.stat().st_mtime_ns)
@@ -130,7 +139,7 @@ def load_emoji(size: int = 64, path: str | Path | None = None) -> Emoji:
     if not 1 <= size <= native:
         raise ValueError(
             f"emoji of size {size} asked for, {source.name} holds {native} x {native}; build a larger file with "
-            f"scripts/build_emoji.py --size {size} --output FILE and pass path=FILE"
+            f"scripts/build_emoji.py --size {size}"
         )
     if size != native:
         rgba_NHWC = _shrink(rgba_NHWC, size)
@@ -141,8 +150,8 @@ def heldout_names(rows: Sequence[EmojiRow]) -> frozenset[str]:
     """The names of the held-out compositions, a tenth of all base x gender x skin tone pictures.
 
     A base takes part when it has at least two genders in all five skin tones. Of its pictures one or two are held out,
-    chosen by a hash of the base's name so that no two share a gender or a tone: every (base, gender) still occurs in train
-    in other tones, and every (base, tone) with other genders. Bases whose variants are drawn alike have nothing to hold out.
+    chosen by a hash of the base's name so that no two share a gender or a tone: every (base, gender) still occurs in
+    train in other tones, and every (base, tone) with other genders.
     """
     variants: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -171,16 +180,17 @@ def _read(path: str, _modified: int) -> tuple[np.ndarray, tuple[EmojiRow, ...], 
             names = sorted(name for name in archive.namelist() if name.endswith(".webp"))
             sheets = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGBA")) for name in names]
         size, side, count = index["size"], index["sheet"], len(index["rows"])
-        tiles = [s.reshape(side, size, side, size, 4).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 4) for s in sheets]
+        sheets = [sheet.reshape(side, size, side, size, 4).transpose(0, 2, 1, 3, 4) for sheet in sheets]
+        tiles = np.concatenate(sheets).reshape(-1, size, size, 4)
         order, parents = np.array(index["order"]), np.array(index["parents"])
         rgba_NHWC = np.empty((count, size, size, 4), np.uint8)
-        rgba_NHWC[order] = np.concatenate(tiles)[:count]
+        rgba_NHWC[order] = tiles[:count]
     except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise OSError(f"{path} is not an emoji file of scripts/build_emoji.py: {error}") from error
     # Stored are differences modulo 256: medium tones to the toneless picture, then the other tones to medium.
-    for ready in (-1, None):
-        grandparent = np.where(parents >= 0, parents[parents], -1)
-        now = (parents >= 0) & ((grandparent < 0) if ready == -1 else (grandparent >= 0))
+    is_child = parents >= 0
+    is_grandchild = is_child & (parents[parents] >= 0)
+    for now in (is_child & ~is_grandchild, is_grandchild):
         rgba_NHWC[now] += rgba_NHWC[parents[now]]
     rgba_NHWC.setflags(write=False)
     rows = tuple(EmojiRow(**{**row, "codepoints": tuple(row["codepoints"])}) for row in index["rows"])
