@@ -2,9 +2,9 @@
 
     RUN/checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  ema.safetensors  state.json
 
-A folder gets its name by one rename after all its files are on the disk, so a killed process leaves either a complete
-checkpoint or a `.partial-*` folder that the next save removes. `state.json` holds the CRC-32 of every file. Nothing
-here unpickles.
+A run sharded over ranks has `shards/*.safetensors` in place of the three. A folder gets its name by one rename after
+all its files are on the disk, so a killed process leaves either a complete checkpoint or a `.partial-*` folder that the
+next save removes. `state.json` holds the CRC-32 of every file. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from arvis.training.distributed import ALONE, Ranks, names, place
+from arvis.training.distributed import load as load_shards
+from arvis.training.distributed import read as read_shards
+from arvis.training.distributed import save as save_shards
 
 _log = logging.getLogger("arvis")
 _PARTS = ("model", "optimizer", "ema")
@@ -61,67 +66,109 @@ def save(
     ema: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int = 2,
+    ranks: Ranks = ALONE,
+    sharded: bool = False,
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep`; the older ones stay until it is complete.
 
-    Raises CheckpointError, with the previous checkpoint intact, where the disk is full or cannot be written.
+    Every rank calls it; rank 0 writes, and with `sharded` each rank its shards. Raises CheckpointError, with the
+    previous checkpoint intact, where the disk is full or cannot be written.
     """
     folder = Path(run) / "checkpoints"
-    target, partial = folder / f"step-{step:08d}", folder / f".partial-{os.getpid()}"
+    target, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
+    parts = dict(zip(_PARTS, (model, optimizer, ema), strict=True))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".partial-*"):
-            shutil.rmtree(left)
-        partial.mkdir()
-        sums = {}
-        for name, tensors in zip(_PARTS, (model, optimizer, ema), strict=True):
-            file = partial / f"{name}.safetensors"
-            save_file(storable(tensors), file, metadata={"format": "pt"})
-            _flush(file)
-            sums[file.name] = checksum(file)
-        write_text(partial / "state.json", json.dumps({"step": step, "crc32": sums, **state}, indent=1))
-        if target.exists():  # a damaged one, or the same step saved twice
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        _flush(folder)
+        if ranks.first:
+            for left in folder.glob(".partial-*"):
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        if sharded:
+            ranks.barrier()
+            save_shards(partial / "shards", {f"{p}/{name}": t for p, own in parts.items() for name, t in own.items()})
+            ranks.barrier()
+        if ranks.first:
+            for part, tensors in parts.items() if not sharded else ():
+                save_file(storable(tensors), partial / f"{part}.safetensors", metadata={"format": "pt"})
+            files = sorted(partial.rglob("*.safetensors"))
+            for file in files:
+                _flush(file)
+            sums = {str(file.relative_to(partial)): checksum(file) for file in files}
+            write_text(partial / "state.json", json.dumps({"step": step, "crc32": sums, **state}, indent=1))
+            if target.exists():  # a damaged one
+                shutil.rmtree(target)
+            os.replace(partial, target)
+            _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _explain(error, target, paths(run)) from error
-    for old in paths(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    if ranks.first:
+        for old in paths(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint onto the CPU. Raises CheckpointError where a file is missing, truncated or altered."""
-    path = Path(path)
+def verify(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint whose files are all there and unaltered; CheckpointError otherwise."""
     try:
         state = json.loads((path / "state.json").read_text())
         for name, crc in state.pop("crc32").items():
             if checksum(path / name) != crc:
                 raise CheckpointError(f"{path / name} does not match its checksum: truncated or altered since")
-        parts = {name: load_file(path / f"{name}.safetensors") for name in _PARTS}
-        return Checkpoint(path=path, step=int(state.pop("step")), state=state, **parts)
     except CheckpointError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+    return state
 
 
-def latest(run: Path) -> Checkpoint | None:
+def load(path: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint:
+    """Read one checkpoint, whole or sharded, onto the CPU, or as the tensors of `into` (model, optimizer, ema) lie.
+
+    Shards are read straight into `into`. Raises CheckpointError where a file is missing, truncated or altered.
+    """
+    return _read(Path(path), verify(Path(path)), into)
+
+
+def latest(
+    run: Path, into: Mapping[str, Mapping[str, Tensor]] | None = None, ranks: Ranks = ALONE
+) -> Checkpoint | None:
     """The newest readable checkpoint of a run, or None where it has none; a damaged one is passed over with a log line.
 
-    Raises CheckpointError where checkpoints exist and none can be read.
+    Rank 0 chooses it. Raises CheckpointError where checkpoints exist and none can be read.
     """
+    chosen = ranks.share(_newest(run) if ranks.first else None)
+    return None if chosen is None else _read(*chosen, into)
+
+
+def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     found = paths(run)
     for path in reversed(found):
         try:
-            return load(path)
+            return path, verify(path)
         except CheckpointError as error:
             _log.warning("passing over a damaged checkpoint: %s", error)
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {Path(run) / 'checkpoints'} can be read")
     return None
+
+
+def _read(path: Path, state: dict[str, Any], into: Mapping[str, Mapping[str, Tensor]] | None) -> Checkpoint:
+    try:
+        if (path / "shards").is_dir():
+            wanted = {f"{p}/{name}": t for p, own in (into or {}).items() for name, t in own.items()}
+            flat = load_shards(path / "shards", wanted) if into else read_shards(path / "shards")
+            unknown = [name for name in names(path / "shards") if name.startswith("model/") and name not in flat]
+            if unknown:
+                raise CheckpointError(f"{path} has a tensor {unknown[0][6:]} that the model lacks")
+            cut = {p: len(p) + 1 for p in _PARTS}
+            parts = {p: {n[cut[p] :]: t for n, t in flat.items() if n.startswith(f"{p}/")} for p in _PARTS}
+        else:
+            parts = {p: load_file(path / f"{p}.safetensors") for p in _PARTS}
+            for p, own in (into or {}).items():
+                parts[p] = {name: place(t, own[name]) if name in own else t for name, t in parts[p].items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+    return Checkpoint(path=path, step=int(state["step"]), state=state, **parts)
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

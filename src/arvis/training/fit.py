@@ -7,14 +7,11 @@ therefore holds an integer besides the tensors, and a resumed run ends in the sa
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import signal
-import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +21,19 @@ from torch import Tensor, nn
 
 from arvis.config import from_dict, to_dict
 from arvis.noise import Noise
-from arvis.training import batches, checkpoint, ema, metrics, optimizers, precision, schedule
+from arvis.training import (
+    batches,
+    checkpoint,
+    compiled,
+    distributed,
+    ema,
+    folder,
+    metrics,
+    optimizers,
+    precision,
+    schedule,
+)
+from arvis.training.interrupt import Interrupt
 from arvis.training.optimizers import Part
 from arvis.training.progress import OnStep, Speed, StepInfo
 
@@ -43,6 +52,7 @@ class FitConfig:
     factor of the learning rate) are those of `schedule.factor`; weight decay goes to `weight_decay_final` by a cosine,
     and skips 1-d parameters and names holding a fragment of `no_decay`. `clip` and `ema` are off at 0. `minutes` only
     stops this call early (and saves): the schedule stays a function of the step. `parts` are further optimisers.
+    `shard` splits the parameters over torchrun's processes (FSDP2) instead of copying them (DDP).
     """
 
     steps: int
@@ -62,6 +72,7 @@ class FitConfig:
     seed: int = 0
     precision: precision.Choice = "auto"
     compile: bool = False
+    shard: bool = False
     save_every: int = 0
     save_minutes: float = 10.0
     sample_every: int = 0
@@ -107,6 +118,7 @@ def fit(
     resume: bool = False,
     sample: Sample | None = None,
     on_step: OnStep | None = None,
+    blocks: distributed.Blocks | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train `module`, on the device where it lies, and keep the run in the folder `run`.
@@ -114,13 +126,16 @@ def fit(
     `data(step)` is the batch of an update, `config.batch` rows, a pure function of the step. `loss(batch, noise)`
     returns scalars; "loss" is minimised, those named by `config.parts` by their own optimisers, the others are logged.
     Parameters with `requires_grad` False are left alone, and submodules made only of such run in eval mode.
-    `sample(step, folder)` is called in eval mode with the averaged weights, to write pictures. `settings` is plain
-    data for config.json (the settings of the system and the data).
+    `sample(step, folder)` is called in eval mode with the averaged weights, to write pictures. `blocks(module)` are the
+    submodules to compile and to shard one by one. `settings` is plain data for config.json (system, data).
+
+    Under torchrun every process calls this with the same arguments; rank 0 writes, samples and calls `on_step`. With
+    `shard` all ranks sample, in step, and only rank 0's pictures are kept.
 
     Raises FileExistsError where `run` holds a training run and `resume` is False, TrainingError for a loss that is
     not finite (the weights before it are saved), CheckpointError for a full disk or unreadable checkpoints.
     """
-    return _Run(module, loss, config, Path(run), resume, sample, on_step, settings or {}).go(data)
+    return _Run(module, loss, config, Path(run), resume, sample, on_step, blocks, settings or {}).go(data)
 
 
 class _Run:
@@ -133,12 +148,19 @@ class _Run:
         resume: bool,
         sample: Sample | None,
         on_step: OnStep | None,
+        blocks: distributed.Blocks | None,
         settings: Mapping[str, Any],
     ) -> None:
-        self.module, self.loss, self.config, self.run = module, loss, config, run
+        self.module, self.config, self.run = module, config, run
         self.sample, self.on_step = sample, on_step
         self.device = next(module.parameters()).device
-        self.precision = precision.pick(self.device, config.precision)
+        self.ranks = distributed.init(self.device.type)
+        self.sharded = config.shard and self.ranks.world > 1
+        self.precision = self.ranks.share(precision.pick(self.device, config.precision))
+        _training_mode(module)
+        if config.compile:
+            loss = compiled.compiled(loss, blocks(module) if blocks else (), self.device)
+        self.loss = distributed.wrap(module, loss, self.ranks, config.shard, blocks)
         main = Part(
             names=(), loss="loss", lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, clip=config.clip
         )
@@ -150,30 +172,31 @@ class _Run:
         self.step = 0
         self.saved: tuple[int, Path] | None = None
         self.whole = True  # False while an update is half done, when the weights must not be saved
-        self.stop = False
+        self.interrupt = Interrupt()
+        self.ending: Literal["time", "interrupted"] | None = None  # agreed by all ranks
+        self.due = False  # a checkpoint, by the clock; agreed by all ranks
         self.started = self.saved_at = time.monotonic()
         self.earlier = 0.0  # seconds spent before this call
-        _training_mode(module)
         self._open(resume, settings)
 
     def _open(self, resume: bool, settings: Mapping[str, Any]) -> None:
         """Make the run folder, or take up the newest checkpoint in it."""
-        run, name = self.run, "config.json"
-        if not resume and (run / name).exists():
+        run = self.run
+        if not resume and folder.exists(run):
             raise FileExistsError(f"{run} already holds a training run; resume it (--resume) or choose another folder")
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        found = checkpoint.latest(run) if resume else None
+        self.ranks.barrier()
+        found = checkpoint.latest(run, self._tensors() if self.sharded else None, self.ranks) if resume else None
         if found is not None:
             self._restore(found)
-        elif resume:
+        if not self.ranks.first:
+            return
+        if found is None and resume:
             _log.info("%s has no checkpoint yet: starting at step 0", run)
+        run.mkdir(parents=True, exist_ok=True)
         metrics.cut(run, self.step)
-        if resume and (run / name).exists():
-            _tell_changes(json.loads((run / name).read_text()).get("fit", {}), to_dict(self.config))
-        about = {"format": 1, "command": sys.argv, "versions": _versions(), "precision": self.precision.reason}
         count = sum(p.numel() for o in self.optimizers for p in o.named.values())
-        resolved = {**about, "trainable_parameters": count, "fit": to_dict(self.config), **settings}
-        checkpoint.write_text(run / name, json.dumps(resolved, indent=1))
+        about = {"precision": self.precision.reason, "processes": self.ranks.world, "trainable_parameters": count}
+        folder.write(run, to_dict(self.config), about, settings)
         _log.info("training %d parameters in %s", count, self.precision.reason)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
@@ -186,15 +209,21 @@ class _Run:
         self.step, self.saved = found.step, (found.step, found.path)
         self.window = metrics.Window(**found.state["window"])
         self.best, self.last, self.earlier = (found.state[name] for name in ("best", "last", "seconds"))
-        _log.info("resuming %s at step %d", self.run, self.step)
+        if self.ranks.first:
+            _log.info("resuming %s at step %d", self.run, self.step)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint as this rank keeps them, the optimiser's blank: what to load shards into."""
+        blank = {name: value for o in self.optimizers for name, value in o.blank().items()}
+        return {"model": self.module.state_dict(), "optimizer": blank, "ema": self.average}
 
     def go(self, data: batches.Data) -> FitResult:
         """Train until the last step, the end of the time, or an interrupt."""
         config, speed = self.config, Speed()
         devices = [self.device] if self.device.type == "cuda" else []
-        with batches.Ahead(data, config.steps) as ahead, torch.random.fork_rng(devices), self._interruptible():
+        with batches.Ahead(data, config.steps) as ahead, torch.random.fork_rng(devices), self.interrupt:
             try:
-                while self.step < config.steps and not self.stop and not self._out_of_time():
+                while self.step < config.steps and self.ending is None:
                     begun = time.perf_counter()
                     self._update(ahead(self.step))
                     speed.add(time.perf_counter() - begun)
@@ -203,12 +232,11 @@ class _Run:
             except BaseException:
                 self._rescue()
                 raise
-        stopped = "done" if self.step >= config.steps else "interrupted" if self.stop else "time"
         assert self.saved is not None
         return FitResult(
             run=self.run,
             step=self.step,
-            stopped=stopped,
+            stopped="done" if self.step >= config.steps else self.ending or "done",
             metrics=self.last,
             seconds=time.monotonic() - self.started,
             checkpoint=self.saved[1],
@@ -220,10 +248,11 @@ class _Run:
         rows = batches.size(batch)
         if rows != config.batch:
             raise ValueError(f"data({step}) has {rows} rows, the config says batch={config.batch}")
-        torch.manual_seed(batches.seed_of(config.seed, step, -1))  # for dropout and the like
-        values = self._backward(batch, list(range(rows)))
-        norms = {o.part.loss.replace("loss", "grad_norm", 1): o.clip() for o in self.optimizers}
-        values = _floats({**values, **norms})
+        torch.manual_seed(batches.seed_of(config.seed, step, -1 - self.ranks.rank))  # for dropout and the like
+        scalars = self._backward(batch, self.ranks.rows(rows))
+        for optimizer in self.optimizers:
+            scalars[optimizer.part.loss.replace("loss", "grad_norm", 1)] = optimizer.clip()
+        values = self._agree(scalars)
         factor = schedule.factor(config.schedule, step, config.steps, config.warmup, config.final)
         self._check(values, config.lr * factor)
         self.whole = False
@@ -241,17 +270,31 @@ class _Run:
     def _backward(self, batch: batches.Batch, rows: list[int]) -> dict[str, Tensor]:
         """Gradients of the sum of all optimised losses, in `accumulate` parts; returns the mean of every scalar."""
         totals: dict[str, Tensor] = {}
-        for part in batches.chunks(rows, self.config.accumulate):
+        parts = batches.chunks(rows, self.config.accumulate)
+        for part in parts:
             share = len(part) / len(rows)
             noise = Noise(batches.seeds(self.config.seed, self.step, part).to(self.device))
-            with self.precision.around():
-                losses = self.loss(batches.take(batch, part, self.device), noise)
-            wanted = [self._scalar(losses, optimizer.part.loss) for optimizer in self.optimizers]
-            (sum(wanted[1:], wanted[0]) * share).backward()
+            with distributed.quiet(self.loss, last=part is parts[-1]):
+                with self.precision.around():
+                    losses = self.loss(batches.take(batch, part, self.device), noise)
+                wanted = [self._scalar(losses, optimizer.part.loss) for optimizer in self.optimizers]
+                (sum(wanted[1:], wanted[0]) * share).backward()
             for name in losses:
                 value = self._scalar(losses, name).detach() * share
                 totals[name] = totals[name] + value if name in totals else value
         return totals
+
+    def _agree(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics as floats, means over the ranks, by one transfer; with them, what the clock and signals say."""
+        elapsed, limit = time.monotonic() - self.started, self.config.minutes
+        due = time.monotonic() - self.saved_at > 60 * self.config.save_minutes > 0
+        late = limit is not None and elapsed >= 60 * limit
+        clock = torch.tensor([self.interrupt.asked, late, due], dtype=torch.float32, device=self.device)
+        mean = self.ranks.mean(torch.cat([torch.stack([value.float() for value in scalars.values()]), clock])).tolist()
+        *values, stop, late, due = mean
+        self.ending = "interrupted" if stop else "time" if late else None
+        self.due = bool(due)
+        return dict(zip(scalars, values, strict=True))
 
     def _scalar(self, losses: dict[str, Tensor], name: str) -> Tensor:
         if name not in losses:
@@ -265,7 +308,7 @@ class _Run:
         bad = [name for name, value in watched.items() if not math.isfinite(value)]
         if not bad:
             return
-        self._rescue()
+        self._rescue(together=True)
         finite = f"the last finite loss was {self.last['loss']:.6g}" if self.last else "no loss was finite yet"
         good = f"the last good checkpoint is {self.saved[1]}" if self.saved else "there is no good checkpoint"
         shown = ", ".join(f"{name} = {values[name]}" for name in bad)
@@ -283,13 +326,13 @@ class _Run:
             if not self.best or means["loss"] < self.best["loss"]:
                 self.best = {"loss": means["loss"], "step": step}
             extra = {"lr": self.last["lr"], "images_per_second": per_second * config.batch}
-            metrics.append(self.run, {"step": step, **means, **extra, "seconds": self._seconds()})
-        due = time.monotonic() - self.saved_at > 60 * config.save_minutes > 0
-        if due or (config.save_every and step % config.save_every == 0):
+            if self.ranks.first:
+                metrics.append(self.run, {"step": step, **means, **extra, "seconds": self._seconds()})
+        if self.due or (config.save_every and step % config.save_every == 0):
             self._save()
         if self.sample is not None and config.sample_every and step % config.sample_every == 0:
-            self._sample()
-        if self.on_step is not None:
+            self._sample(self.sample)
+        if self.on_step is not None and self.ranks.first:
             left = (config.steps - step) / max(per_second, 1e-9)
             if config.minutes is not None:
                 left = min(left, max(60 * config.minutes - (time.monotonic() - self.started), 0.0))
@@ -303,12 +346,19 @@ class _Run:
             )
             self.on_step(info)
 
-    def _sample(self) -> None:
-        assert self.sample is not None
+    def _sample(self, sample: Sample) -> None:
+        if not (self.ranks.first or self.sharded):
+            return
         self.module.eval()
         try:
-            with ema.swapped(self.module, self.average), torch.no_grad():
-                self.sample(self.step, self.run / "samples")
+            with contextlib.ExitStack() as stack:
+                target = self.run / "samples"
+                if not self.ranks.first:
+                    target = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                stack.enter_context(ema.swapped(self.module, self.average))
+                stack.enter_context(distributed.gathered(self.loss))
+                stack.enter_context(torch.no_grad())
+                sample(self.step, target)
         finally:
             _training_mode(self.module)
 
@@ -330,11 +380,18 @@ class _Run:
             optimizer={name: value for o in self.optimizers for name, value in o.state().items()},
             ema=self.average,
             state=state,
+            ranks=self.ranks,
+            sharded=self.sharded,
         )
         self.saved, self.saved_at = (self.step, path), time.monotonic()
 
-    def _rescue(self) -> None:
-        """Before an error leaves: save what was trained since the last checkpoint, where it is whole and finite."""
+    def _rescue(self, together: bool = False) -> None:
+        """Before an error leaves: save what was trained since the last checkpoint, where it is whole and finite.
+
+        Shards can be saved only if all ranks are here `together`.
+        """
+        if self.sharded and not together:
+            return
         finite = all(bool(torch.isfinite(p).all()) for o in self.optimizers for p in o.named.values())
         if self.whole and finite and self.step:
             with contextlib.suppress(checkpoint.CheckpointError):
@@ -344,40 +401,10 @@ class _Run:
         """Training time of the whole run, earlier calls included."""
         return self.earlier + time.monotonic() - self.started
 
-    def _out_of_time(self) -> bool:
-        return self.config.minutes is not None and time.monotonic() - self.started >= 60 * self.config.minutes
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current update; a second one at once. Main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in numbers}
-
-        def handle(number: int, frame: object) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-            _log.warning("stopping after this step")
-
-        for number in numbers:
-            signal.signal(number, handle)
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
-
 
 def load_config(run: Path | str) -> tuple[FitConfig, dict[str, Any]]:
     """The FitConfig of a run folder and the rest of its config.json."""
-    file = Path(run) / "config.json"
-    try:
-        resolved = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{run} is not a run folder: it has no config.json") from None
+    resolved = folder.read(run)
     return from_dict(FitConfig, resolved.pop("fit")), resolved
 
 
@@ -388,25 +415,3 @@ def _training_mode(module: nn.Module) -> None:
         parameters = list(child.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             child.eval()
-
-
-def _floats(values: dict[str, Tensor]) -> dict[str, float]:
-    """All scalars in one transfer from the device."""
-    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-    import platform
-
-    try:
-        own = importlib.metadata.version("arvis")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
-    return {"arvis": own, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-def _tell_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [f"{name}: {old[name]!r} -> {new[name]!r}" for name in new if name in old and old[name] != new[name]]
-    if changed:
-        _log.warning("resuming with changed settings: %s", ", ".join(changed))

@@ -17,11 +17,15 @@ NAME = "metrics.jsonl"
 def append(run: Path, row: Mapping[str, Any]) -> None:
     """Append one line by a single write, so that a killed process leaves at most one torn last line."""
     line = json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n"
-    handle = os.open(Path(run) / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+        handle = os.open(Path(run) / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        text = f"could not append to {Path(run) / NAME}: {error.strerror}; the run can be resumed from its checkpoint"
+        raise OSError(error.errno, text) from error
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arvis.training import schedule
+from arvis.training import distributed, schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Scale the gradients down to the norm `part.clip` (0: leave them) and return the norm they had."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), self.part.clip or float("inf"))
-        return norm if type(norm) is Tensor else norm.full_tensor()  # of sharded parameters
+        return distributed.whole(norm)
 
     def step(self, lr_factor: float, weight_decay: float) -> None:
         """One update with `lr * lr_factor` and the given weight decay; gradients are freed."""
@@ -59,6 +59,15 @@ class Optimizer:
         for name, parameter in self.named.items():
             for key, value in self._adamw.state.get(parameter, {}).items():
                 flat[f"{self.part.loss}/{name}/{key}"] = value
+        return flat
+
+    def blank(self) -> dict[str, Tensor]:
+        """Empty tensors of the form that `state` has after the first update."""
+        flat = {}
+        for name, parameter in self.named.items():
+            flat[f"{self.part.loss}/{name}/step"] = torch.zeros(())
+            for key in ("exp_avg", "exp_avg_sq"):
+                flat[f"{self.part.loss}/{name}/{key}"] = torch.zeros_like(parameter)
         return flat
 
     def restore(self, flat: Mapping[str, Tensor]) -> None:
