@@ -116,7 +116,16 @@ def _unpickle(path: Path, mmap: bool) -> Any:
             f"{path} holds the Python object {found[1]}, and loading such objects can run any code, so it is refused; "
             "if you trust its source, load it elsewhere and save its tensors alone as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise WeightsError(
             f"{path} is a truncated or damaged torch file; get it again ({_first_line(error)})"
         ) from error

@@ -26,11 +26,20 @@ def fetch(
     Raises WeightsError, with what to do, where the repository, revision or file does not exist, needs an account, the
     network is down and the cache has no copy, the disk is full, or the checksum differs.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     what = f"{file} of {repo}" + (f" at {revision}" if revision != "main" else "")
     hand = "or download it by hand and pass its path (--weights FILE)"
+    why = "local files only were asked for"
     try:
+        if not local_files_only:
+            try:
+                # asked first because the download itself retries for half a minute
+                get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), token=token)
+            except (errors.HfHubHTTPError, ValueError):
+                raise
+            except Exception as error:  # what the client raises without a network differs between its versions
+                local_files_only, why = True, f"the hub cannot be reached ({type(error).__name__})"
         path = Path(
             hf_hub_download(
                 repo, file, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
@@ -43,7 +52,6 @@ def fetch(
     except errors.RevisionNotFoundError as error:
         raise WeightsError(f"{repo} has no revision {revision}; leave it out for the newest") from error
     except errors.LocalEntryNotFoundError as error:
-        why = "local files only were asked for" if local_files_only else "the hub cannot be reached"
         raise WeightsError(f"{what} is not in the cache and {why}; try again with a network, {hand}") from error
     except errors.EntryNotFoundError as error:
         raise WeightsError(f"{repo} has no file {file}" + (f" at {revision}" if revision != "main" else "")) from error
