@@ -6,8 +6,8 @@
 
 The font holds bitmaps of one size (136 x 128 pixels at 109 pixels per em); they are centred in a square and resized by
 Lanczos in premultiplied alpha. A sequence is kept only when the font draws it as one glyph. The file is a zip of
-`index.json` (names, attributes, source versions) and lossless WebP sheets of 16 x 16 tiles in premultiplied RGBA. A skin
-tone variant is stored as its difference (modulo 256) to its medium-toned sibling, which saves a tenth of the file.
+`index.json` (names, attributes, source versions) and lossless WebP sheets of 16 x 16 tiles in premultiplied RGBA. A
+skin tone variant is stored as its difference (modulo 256) to its medium-toned sibling, which saves a tenth of the file.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _attributes(
 
 
 def siblings(rows: Sequence[Row]) -> list[int]:
-    """For each row the row it is stored as a difference to, -1 for itself: medium tone for tones, no tone for medium."""
+    """For each row the row it is stored as a difference to (tones: medium; medium: no tone), or -1 for none."""
     where = {_key(row.codepoints): i for i, row in enumerate(rows)}
     parents = []
     for i, row in enumerate(rows):

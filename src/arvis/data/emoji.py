@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,6 @@ from torch import Tensor
 
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 GENDERS = ("person", "man", "woman")
-
-Split = Literal["train", "heldout", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ class Emoji:
             self._white = _on_white(self._rgba_NHWC[self._indices])
         return self._white
 
-    def split(self, which: Split) -> Emoji:
+    def split(self, which: str) -> Emoji:
         """The fixed split over compositions (see `heldout_names`): "train", "heldout", or "all" for both."""
         if which not in ("train", "heldout", "all"):
             raise ValueError(f"unknown split {which!r} of the emoji; expected 'train', 'heldout' or 'all'")
