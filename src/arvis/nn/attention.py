@@ -16,11 +16,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     """softmax(scale q k^T) v over [B, H, R, h]; mask bool [B|1, 1, Q, K], True = visible.
 
     A row that sees nothing gives 0."""
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    blind = ~mask.any(-1, keepdim=True)  # softmax of nothing is NaN: let the row see everything, then drop its output
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale)
-    return out.masked_fill(blind, 0)
+    blind = None
+    if mask is not None:
+        blind = ~mask.any(
+            -1, keepdim=True
+        )  # softmax of nothing is NaN: let the row see everything, then drop its output
+        mask = mask | blind
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        # the backward of the fused CPU kernel takes several times as long as these products
+        score = (q * scale) @ k.mT
+        score = score if mask is None else score.masked_fill(~mask, float("-inf"))
+        out = score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out if blind is None else out.masked_fill(blind, 0)
 
 
 def rotate(x: Tensor, table: Tensor, pairs: Pairs) -> Tensor:
@@ -36,7 +45,7 @@ def rotate(x: Tensor, table: Tensor, pairs: Pairs) -> Tensor:
 
 
 def grid_angles(coords_NA: Tensor, dims: Sequence[int], base: float = 10000.0) -> Tensor:
-    """Axial rotary table [1, N, sum(dims)/2, 2] of (cos, sin): dims[a] channels for axis a, at rates base^(-2i/dims[a])."""
+    """Axial rotary table [1, N, sum(dims)/2, 2] of (cos, sin): axis a has dims[a] channels, rates base^(-2i/dims[a])."""
     angles = []
     for axis, dim in enumerate(dims):
         rate = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=coords_NA.device) / dim)

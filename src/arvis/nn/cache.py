@@ -34,77 +34,99 @@ class Cache:
     def slots(self) -> int:
         return self.step.shape[1]
 
+    @property
+    def filled(self) -> Tensor:
+        """Rows held for each item, int64 [B]."""
+        return (self.step < NEVER).sum(1)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for at least `slots` rows (drafts that come and go need more than the sequence)."""
+        more = slots - self.slots
+        if more <= 0:
+            return
+        self.step = torch.cat((self.step, self.step.new_full((len(self.step), more), NEVER)), 1)
+        self.tag = torch.cat((self.tag, self.tag.new_zeros(len(self.tag), more)), 1)
+        for stores in (self.k, self.v):
+            for layer, x in stores.items():
+                stores[layer] = torch.cat((x, x.new_zeros(*x.shape[:3], more, x.shape[4])), 3)
+
     def place(self, see: See, rows: Rows, keep: bool = True, at: Tensor | None = None) -> Tensor | None:
         """Announce the rows of the next trunk call; returns the mask of their attention over the cache and themselves.
 
         Kept rows take the slots after `end` (or slots `at` [B, R], one list per item, when items stand at different
-        lengths). Rows that are not kept are read in this call only and overwritten by the next; when no slot is left
-        for them they are joined by a copy instead, so rows that nothing reads later need no memory.
+        lengths). Rows that are not kept are read in this call only; they lie where the next rows will, or are joined
+        by a copy where that is impossible, so rows that nothing reads later need no memory.
         """
-        count = rows.count
+        stop = self.end + rows.count if at is None else int(at.max()) + 1
+        if keep and stop > self.slots:
+            raise ValueError(f"the cache has {self.slots} slots, {self.end} in use: no room for rows up to {stop}")
         self._keep, self._at = keep, self.end if at is None else at
+        if not keep:
+            items = len(self.step)
+            step = torch.cat((self.step[:, : self.end], rows.step.expand(items, -1)), 1)
+            tag = torch.cat((self.tag[:, : self.end], rows.tag.expand(items, -1)), 1)
+            return render(see, rows, Rows(step, tag))
         if at is None:
-            stop = self.end + count
-            if stop > self.slots and keep:
-                raise ValueError(f"the cache has {self.slots} slots, {self.end} taken: no room for {count} more rows")
-            if stop > self.slots:
-                step = torch.cat((self.step[:, : self.end], rows.step.expand(len(self.step), -1)), 1)
-                tag = torch.cat((self.tag[:, : self.end], rows.tag.expand(len(self.tag), -1)), 1)
-                return render(see, rows, Rows(step, tag))
             self.step[:, self.end : stop], self.tag[:, self.end : stop] = rows.step, rows.tag
-            seen = Rows(self.step[:, :stop], self.tag[:, :stop])
-            mask = render(see, rows, seen)
-            if keep:
-                self.end = stop
-            else:  # transient rows leave no trace: their slots are empty again for every later mask
-                self.step[:, self.end : stop] = NEVER
-            return mask
-        stop = int(at.max()) + 1
-        if stop > self.slots:
-            raise ValueError(f"the cache has {self.slots} slots, rows were placed up to slot {stop - 1}")
-        self.step.scatter_(1, at, rows.step.expand_as(at))
-        self.tag.scatter_(1, at, rows.tag.expand_as(at))
+        else:
+            self.step.scatter_(1, at, rows.step.expand_as(at))
+            self.tag.scatter_(1, at, rows.tag.expand_as(at))
         self.end = max(self.end, stop)
         return render(see, rows, Rows(self.step[:, : self.end], self.tag[:, : self.end]))
 
     def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values [B*G, H, R, h] of the placed rows; return all visible slots as views where possible."""
-        items, count = self.step.shape[0], k.shape[2]
-        if layer not in self.k:
-            shape = (items, k.shape[0] // items, k.shape[1], self.slots, k.shape[3])
-            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        out = []
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            fresh = new.view(items, -1, *new.shape[1:])
-            if isinstance(self._at, Tensor):
-                at = self._at.to(new.device)
-                store[torch.arange(items, device=new.device)[:, None], :, :, at] = fresh.permute(0, 3, 1, 2, 4)
-                seen = store[:, :, :, : self.end]
-            elif self._at + count > self.slots:
-                seen = torch.cat((store[:, :, :, : self._at], fresh), 3)
-            else:
-                store[:, :, :, self._at : self._at + count] = fresh
-                seen = store[:, :, :, : self._at + count]
-            out.append(seen.flatten(0, 1))
-        return out[0], out[1]
+        return self._join(self.k, layer, k), self._join(self.v, layer, v)
+
+    def _join(self, stores: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        items, count, at = len(self.step), new.shape[2], self._at
+        fresh = new.view(items, -1, *new.shape[1:])
+        if layer not in stores:
+            if not self._keep and at == 0:
+                return new
+            if isinstance(at, int) and at > 0:
+                raise ValueError(f"layer {layer} runs for the first time, but {at} rows were cached without it")
+            stores[layer] = fresh.new_zeros(*fresh.shape[:3], self.slots, fresh.shape[4])
+        store = stores[layer]
+        if isinstance(at, Tensor):
+            item = torch.arange(items, device=new.device)[:, None]
+            store[item, :, :, at.to(new.device)] = fresh.permute(0, 3, 1, 2, 4)
+            return store[:, :, :, : self.end].flatten(0, 1)
+        if not self._keep and (at + count > self.slots or fresh.shape[1] != store.shape[1]):
+            past = store[:, :, :, :at].expand(-1, fresh.shape[1], -1, -1, -1)
+            return torch.cat((past, fresh), 3).flatten(0, 1)
+        store[:, :, :, at : at + count] = fresh
+        return store[:, :, :, : at + count].flatten(0, 1)
 
     def forget(self, step: int | Tensor) -> None:
         """Roll back: slots of step >= `step` (one for all, or one per item) become empty. ValueError if recurrent."""
+        limit = step.cpu()[:, None] if isinstance(step, Tensor) else step
+        late = (self.step >= limit) & (self.step < NEVER)
+        if not bool(late.any()):
+            return
         if self.extra:
             raise ValueError(f"a cache with recurrent state ({sorted(self.extra)}) cannot be rolled back")
-        limit = step.cpu()[:, None] if isinstance(step, Tensor) else step
-        self.step[self.step >= limit] = NEVER
+        self.step[late] = NEVER
+        self._trim()
+
+    def keep(self, first_B: Tensor, nodes_BP: Tensor) -> None:
+        """Of the rows from slot first_B[b] on, keep nodes_BP[b] (padded with -1) in that order, side by side and
+        untagged, and empty all others: an accepted path of a draft tree becomes part of the sequence."""
+        path = torch.arange(nodes_BP.shape[1])
+        source, target = first_B[:, None] + nodes_BP.clamp_min(0), first_B[:, None] + path
+        step = self.step.gather(1, source).masked_fill(nodes_BP < 0, NEVER)
+        for store in (*self.k.values(), *self.v.values()):
+            item = torch.arange(len(store), device=store.device)[:, None]
+            store[item, :, :, target.to(store.device)] = store[item, :, :, source.to(store.device)]
+        late = torch.arange(self.slots) >= first_B[:, None]
+        self.step[late] = NEVER
+        self.tag[late] = 0
+        self.step.scatter_(1, target, step)
+        self._trim()
+
+    def _trim(self) -> None:
         used = (self.step < NEVER).any(0).nonzero()
         self.end = int(used[-1]) + 1 if len(used) else 0
-
-    def move(self, src: Tensor, dst: Tensor) -> None:
-        """Copy slots src [B, P] to dst [B, P] in every layer (an accepted path of a tree becomes contiguous)."""
-        for store in (*self.k.values(), *self.v.values()):
-            a, b = src.to(store.device), dst.to(store.device)
-            item = torch.arange(len(store), device=store.device)[:, None]
-            store[item, :, :, b] = store[item, :, :, a].clone()
-        for store in (self.step, self.tag):
-            store.scatter_(1, dst, store.gather(1, src))
 
     def take(self, rows: Tensor) -> Cache:
         """The cache of items `rows`."""
@@ -116,13 +138,26 @@ class Cache:
 
     @staticmethod
     def stack(caches: list[Cache]) -> Cache:
-        """One cache of all items; they must hold equally many slots."""
-        if len({(c.end, c.slots, tuple(c.k)) for c in caches}) != 1:
-            raise ValueError(f"caches of different fill cannot be joined: {[(c.end, c.slots) for c in caches]}")
-        out, first = Cache(0, 0), caches[0]
-        out.step, out.tag, out.end = torch.cat([c.step for c in caches]), torch.cat([c.tag for c in caches]), first.end
-        for name in ("k", "v", "extra"):
-            setattr(
-                out, name, {key: torch.cat([getattr(c, name)[key] for c in caches]) for key in getattr(first, name)}
-            )
+        """One cache of all items; slots that an item has not filled stay empty for it."""
+        if any(tuple(c.extra) != tuple(caches[0].extra) for c in caches):
+            raise ValueError(f"caches of unequal recurrent state cannot be joined: {[sorted(c.extra) for c in caches]}")
+        out, slots = Cache(0, 0), max(c.slots for c in caches)
+        for c in caches:
+            c.reserve(slots)
+        out.step, out.tag = torch.cat([c.step for c in caches]), torch.cat([c.tag for c in caches])
+        out.end = max(c.end for c in caches)
+        for name in ("k", "v"):
+            stores = [getattr(c, name) for c in caches]
+            like = {layer: x for store in stores for layer, x in store.items()}
+            joined = {
+                layer: torch.cat(
+                    [
+                        store.get(layer, x.new_zeros(len(c.step), *x.shape[1:]))
+                        for c, store in zip(caches, stores, strict=True)
+                    ]
+                )
+                for layer, x in like.items()
+            }
+            setattr(out, name, joined)
+        out.extra = {key: torch.cat([c.extra[key] for c in caches]) for key in caches[0].extra}
         return out

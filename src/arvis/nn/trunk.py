@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -14,8 +14,9 @@ from arvis.nn.cache import Cache
 class Call:
     """What every block of one trunk call may read.
 
-    mask [B*G|1, 1, Q, K] bool or None; rotary table [B*G|1, R, h/2, 2]; cache; the modulation input `vector` [B*G, D];
-    cross-attention `context` = (keys [B*G, T, E], visible [B*G, T] bool or None).
+    mask [B*G|B|1, 1, Q, K] bool or None; rotary table [B*G|B|1, R, h/2, 2]; cache; the modulation input `vector`
+    [B*G, D]; cross-attention `context` = (keys [B*G, T, E], visible [B*G, T] bool or None). Mask and table of an item
+    serve all its guidance rows.
     """
 
     mask: Tensor | None = None
@@ -36,6 +37,15 @@ class Trunk(nn.Module):
         return len(self.blocks)
 
     def forward(self, x_RD: Tensor, call: Call, layers: Sequence[int] | None = None) -> Tensor:
+        call = replace(call, mask=_spread(call.mask, x_RD), table=_spread(call.table, x_RD))
         for i in range(len(self.blocks)) if layers is None else layers:
             x_RD = self.blocks[i](x_RD, call, i)
         return x_RD
+
+
+def _spread(data: Tensor | None, x_RD: Tensor) -> Tensor | None:
+    """Data of items [B, ...] for the rows of x [B*G, ...], on its device; one for all stays one."""
+    if data is None:
+        return None
+    data = data.to(x_RD.device)
+    return data if len(data) in (1, len(x_RD)) else data.repeat_interleave(len(x_RD) // len(data), 0)

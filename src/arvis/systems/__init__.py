@@ -1,1 +1,53 @@
-"""Autoregressive visual generation."""
+"""The registry: every published system, tokenizer, method and evaluation, one file each.
+
+A system's module offers `build(config)`, `PRESETS`, `RESULTS` (published numbers), `tiny()` (for the laws) and, where
+official weights exist, `KEYS` (key tables by part).
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from arvis.published import Preset
+
+
+class Row(NamedTuple):
+    kind: Literal["system", "tokenizer", "method", "evaluation"]
+    title: str
+
+
+SYSTEMS: dict[str, Row] = {
+    "brush": Row("system", "The model in the box: text to 64x64 pictures of the emoji world"),
+    "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
+}
+
+
+def system(slug: str) -> ModuleType:
+    """The module of a registered system; KeyError naming the nearest ones otherwise."""
+    if slug not in SYSTEMS:
+        near = difflib.get_close_matches(slug, SYSTEMS, 3, 0.4)
+        raise KeyError(
+            f"no system is called {slug!r}; {'nearest: ' + ', '.join(near) if near else 'see `arvis systems`'}"
+        )
+    return import_module(f"arvis.systems.{slug.replace('-', '_')}")
+
+
+def preset(name: str) -> tuple[str, str, Preset]:
+    """(slug, preset name, preset) of "var-d16", or of a bare slug for its first preset; KeyError naming the nearest."""
+    if name in SYSTEMS:
+        presets = system(name).PRESETS
+        first = next(iter(presets))
+        return name, first, presets[first]
+    known: list[str] = []
+    for slug in sorted(SYSTEMS, key=len, reverse=True):
+        if name.startswith(f"{slug}-"):
+            presets = system(slug).PRESETS
+            if name in presets:
+                return slug, name, presets[name]
+            known += presets
+    near = difflib.get_close_matches(name, [*known, *SYSTEMS], 3, 0.3)
+    raise KeyError(f"no model is called {name!r}; {'nearest: ' + ', '.join(near) if near else 'see `arvis systems`'}")

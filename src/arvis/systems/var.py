@@ -146,7 +146,6 @@ class ScaleTransformer(nn.Module):
         vector = c.vector
         if self.shared is not None:
             vector = self.shared(F.silu(c.vector)).view(-1, 6, self.config.width)
-        mask = mask if mask is None else mask.to(x.device)
         return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, context=c.context))
 
     def init_weights(self) -> None:
@@ -228,6 +227,7 @@ class VAR(nn.Module):
 
     def predict(self, s: State) -> Dist:
         k, layout, cache = s.at(), s.layout, s.cache["trunk"]
+        cache.forget(k)
         first = layout.offsets.index(cache.end)  # scales first..k are pending
         if first == k:
             x = None if k == 0 else self.tokenizer.next_input(s.more["f"], k, layout)

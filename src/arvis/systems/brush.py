@@ -1,0 +1,86 @@
+"""brush: the model in the box, a small text-to-image painter of the emoji world.
+
+VAR's three verbs over scales (arXiv 2404.02905), with a text encoder trained from scratch where VAR has a class table:
+its summary row starts the sequence and modulates every block, its words are read by cross-attention, as in STAR
+(arXiv 2406.10797). Not a published system: the smallest complete one, made to be trained and run on two cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arvis.nn.text import TextConfig, TextEncoder, word_ids
+from arvis.published import Preset
+from arvis.state import Cond
+from arvis.systems.var import VAR, Condition, ScaleTransformer, VARConfig, adaln_block
+from arvis.tokenizers.patch import PatchConfig
+from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrushConfig:
+    """The transformer over scales (its classes are not used) and the text encoder."""
+
+    scale: VARConfig
+    text: TextConfig = TextConfig()
+
+
+class TextConditioner(nn.Module):
+    """Prompts as start row, modulation and cross-attention context; "no prompt" is the empty prompt."""
+
+    def __init__(self, config: TextConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TextEncoder(config)
+        self.start = nn.Linear(config.width, width)
+        self.vector = nn.Linear(config.width, width)
+
+    def prepare(self, request: dict[str, Any]) -> Cond:
+        prompt = request.get("prompt")
+        if prompt is None:
+            raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return {"text": word_ids(prompts, self.config).to(self.start.weight.device)}
+
+    def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
+        empty = torch.zeros(len(null_B), self.config.words, self.config.pieces, dtype=torch.int64, device=null_B.device)
+        ids = empty if cond is None else cond["text"].masked_fill(null_B[:, None, None], 0)
+        rows, visible = self.encoder(ids)
+        return Condition(self.start(rows[:, 0]), self.vector(rows[:, 0]), (rows, visible))
+
+
+def build(config: BrushConfig) -> VAR:
+    """A brush with freshly initialised weights."""
+    conditioner = TextConditioner(config.text, config.scale.width)
+    transformer = ScaleTransformer(
+        config.scale, conditioner, lambda i: adaln_block(config.scale, i, context_width=config.text.width)
+    )
+    transformer.init_weights()
+    nn.init.normal_(conditioner.encoder.piece.weight, std=0.3)
+    return VAR(PyramidVQ(config.scale.tokenizer), transformer)
+
+
+def brush_64() -> BrushConfig:
+    """64x64 pixels, 8x8 cells at the last of five scales: 103 tokens."""
+    tokenizer = PyramidVQConfig(patch_nums=(1, 2, 3, 5, 8), vocab_size=1024, z_channels=32, patch=PatchConfig())
+    scale = VARConfig(
+        tokenizer=tokenizer, depth=8, width=192, heads=6, num_classes=0, shared_aln=True, adaln_init=0.1, label_drop=0.1
+    )
+    return BrushConfig(scale=scale, text=TextConfig(buckets=4096))
+
+
+PRESETS = {
+    "brush-64": Preset(config=brush_64, licence="Apache-2.0", sampling={"cfg_scale": 2.0, "top_k": 200, "top_p": 0.9})
+}
+
+
+def tiny() -> VAR:
+    """The smallest complete brush, for the laws."""
+    patch = PatchConfig(grid=(3, 3), z_channels=4, width=8, heads=2, encoder_depth=1, decoder_depth=1, refine=4)
+    tokenizer = PyramidVQConfig(patch_nums=(1, 2, 3), vocab_size=5, z_channels=4, patch=patch)
+    scale = VARConfig(tokenizer=tokenizer, depth=2, width=16, heads=2, num_classes=0, adaln_init=1.0)
+    return build(BrushConfig(scale=scale, text=TextConfig(buckets=64, words=4, pieces=6, width=8, depth=1, heads=2)))
