@@ -13,13 +13,13 @@ from arvis.noise import Source
 from arvis.tokens import Pin
 
 Field = Callable[[Tensor, float], Tensor]
-"""(x [B, n, S], t) -> the direction at time t, same shape."""
+"""(x [B, n, S] float64, t) -> the direction at time t, same shape; the field casts x to what its network takes."""
 
 Watch = Callable[[Tensor, int, int], None]
 """(estimate of the clean sample, step, steps): previews inside a long solve; raising cancels it."""
 
 Solver = Callable[[Field, Source, "int | Tensor", Sequence[int], Pin | None, Watch | None], Tensor]
-"""(field, noise, at, shape [n, S], pin, watch) -> [B, n, S] float32 or float64, as the field returns."""
+"""(field, noise, at, shape [n, S], pin, watch) -> [B, n, S]; the state of a solve is float64 wherever it runs."""
 
 
 def euler(times: Sequence[float]) -> Solver:
@@ -34,18 +34,17 @@ def euler(times: Sequence[float]) -> Solver:
         field: Field, noise: Source, at: int | Tensor, shape: Sequence[int], pin: Pin | None, watch: Watch | None
     ) -> Tensor:
         start = noise.normal("solver", at, shape)
-        start = start if pin is None else start.to(pin.value.device)
-        x = start
 
         def clamp(x: Tensor, t: float) -> Tensor:
             if pin is None:
                 return x
-            return torch.where(pin.mask[..., None], (1 - t) * start + t * pin.value, x).to(x.dtype)
+            mask, value = pin.mask.to(x.device), pin.value.to(x)
+            return torch.where(mask[..., None], (1 - t) * start + t * value, x)
 
+        x = start
         for i, (t, t_next) in enumerate(pairwise(times)):
             x = clamp(x, t)
-            velocity = field(x, t)
-            x = x.to(velocity.dtype)
+            velocity = field(x, t).to(x)
             if watch is not None:
                 watch(x + (1 - t) * velocity, i, len(times) - 1)
             x = x + (t_next - t) * velocity

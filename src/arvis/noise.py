@@ -52,10 +52,12 @@ class Noise:
     different steps share a call). Item i never depends on who is in the batch with it.
     """
 
-    def __init__(self, seed_B: Tensor) -> None:
+    def __init__(self, seed_B: Tensor, copies_B: Tensor | None = None) -> None:
         if seed_B.dim() != 1 or seed_B.dtype != torch.int64:
             raise ValueError(f"Noise needs one int64 seed per item, got {seed_B.dtype} of shape {tuple(seed_B.shape)}")
         self.seed_B = seed_B
+        self.copies_B = torch.zeros_like(seed_B) if copies_B is None else copies_B
+        """How many copies each item has had: no two of them ever share a seed."""
 
     @classmethod
     def of(cls, seed: int, items: int = 1, device: torch.device | str = "cpu") -> Noise:
@@ -75,7 +77,9 @@ class Noise:
         return _hash(key[:, None] + index * _GOLDEN).view(-1, *shape)
 
     def uniform(self, what: str, at: int | Tensor, shape: Sequence[int]) -> Tensor:
-        """float64 [B, *shape] in the open interval (0, 1), on a grid of 2^52 midpoints."""
+        """float64 [B, *shape] in the open interval (0, 1), on a grid of 2^52 midpoints.
+
+        Equal (what, at) give equal numbers: a longer draw begins with the shorter one."""
         return (_shift(self.bits(what, at, shape), 12).double() + 0.5) * 2.0**-52
 
     def normal(self, what: str, at: int | Tensor, shape: Sequence[int]) -> Tensor:
@@ -86,9 +90,16 @@ class Noise:
     def take(self, rows: Tensor) -> Noise:
         """The noise of rows [R]; the second, third, ... copy of a row is re-keyed, its first copy is not."""
         rows = rows.to(self.seed_B.device)
-        copy = (rows[:, None] == rows[None, :]).tril(-1).sum(1)
-        seed = self.seed_B[rows]
-        return Noise(torch.where(copy > 0, _hash(seed + copy * _M1), seed))
+        alike = rows[:, None] == rows[None, :]
+        copy = alike.tril(-1).sum(1)
+        seed, copies = self.seed_B[rows], self.copies_B[rows]
+        fresh = _hash(seed + (copies + copy) * _M1)
+        return Noise(torch.where(copy > 0, fresh, seed), torch.where(copy > 0, 0, copies + alike.sum(1) - 1))
+
+    @staticmethod
+    def stack(parts: Sequence[Noise]) -> Noise:
+        """The noise of all items, one batch after another."""
+        return Noise(torch.cat([n.seed_B for n in parts]), torch.cat([n.copies_B for n in parts]))
 
 
 class Recorded:

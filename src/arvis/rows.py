@@ -53,7 +53,7 @@ def same(q: Rows, k: Rows) -> Tensor:
 
 
 def window(size: int, sink: int = 0) -> See:
-    """The last `size` steps, and the first `sink` steps always."""
+    """The last `size` steps, and always the steps before `sink` (prefix rows of negative step among them)."""
 
     def see(q: Rows, k: Rows) -> Tensor:
         return (k.step <= q.step) & ((q.step - k.step < size) | (k.step < sink))
@@ -64,6 +64,45 @@ def window(size: int, sink: int = 0) -> See:
 def clean_noisy(q: Rows, k: Rows) -> Tensor:
     """Clean rows are visible up to the query's step; noisy rows only to noisy rows of their own step (ACDiT)."""
     return (k.step <= q.step) & ((k.tag == CLEAN) | ((q.tag == NOISY) & (k.step == q.step)))
+
+
+_HALF = 15
+
+
+def tree(q: Rows, k: Rows) -> Tensor:
+    """Rows of tag 0 up to the query's step; of draft rows (tagged by `tree_tags`) only itself and its ancestors."""
+    first = (1 << _HALF) - 1
+    inside = (k.tag & first <= q.tag & first) & (q.tag & first < k.tag >> _HALF)
+    return (k.step <= q.step) & ((k.tag == 0) | inside)
+
+
+def tree_tags(parent_BL: Tensor) -> Tensor:
+    """Tags int32 [B, L] of draft trees, from the parent of each node (-1: none; parents come before children).
+
+    A tag packs the interval of numbers that a depth-first walk gives to a node and its descendants: a node is an
+    ancestor of another iff its interval holds the other's first number.
+    """
+    items, count = parent_BL.shape
+    if count >= 1 << _HALF or bool((parent_BL >= torch.arange(count)).any()):
+        raise ValueError(f"a draft tree has fewer than {1 << _HALF} nodes, parents before children; got {parent_BL}")
+    item, up = torch.arange(items), parent_BL + 1  # column 0 is the root, which stays untagged
+    size = torch.ones(items, count + 1, dtype=torch.int32)
+    for node in range(count, 0, -1):
+        size[item, up[:, node - 1]] += size[:, node]
+    enter, free = torch.zeros_like(size), torch.ones_like(size)
+    for node in range(1, count + 1):
+        enter[:, node] = free[item, up[:, node - 1]]
+        free[:, node] = enter[:, node] + 1
+        free[item, up[:, node - 1]] += size[:, node]
+    return (enter | (enter + size) << _HALF)[:, 1:]
+
+
+def depths(parent_BL: Tensor) -> Tensor:
+    """Steps from the root to each node, int64 [B, L]: 1 for its children."""
+    depth = torch.zeros(len(parent_BL), parent_BL.shape[1] + 1, dtype=torch.int64)
+    for node in range(parent_BL.shape[1]):
+        depth[:, node + 1] = depth.gather(1, parent_BL[:, node, None] + 1)[:, 0] + 1
+    return depth[:, 1:]
 
 
 def render(see: See, q: Rows, k: Rows) -> Tensor | None:

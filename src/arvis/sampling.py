@@ -9,10 +9,12 @@ from torch import Tensor
 
 
 def mix(h_BG: Tensor, w_BG: Tensor) -> Tensor:
-    """Guidance: the weighted sum over G rows (weights sum to 1) of logits, velocities or features [B, G, ...]."""
+    """Guidance: the weighted sum over G rows (weights sum to 1) of logits, velocities or features [B, G, ...].
+
+    Weights [B, G], or [B, G, n] where positions are at different steps."""
     if h_BG.shape[1] == 1:
         return h_BG[:, 0]
-    weight = w_BG.to(h_BG.device, h_BG.dtype).view(*w_BG.shape, *(1,) * (h_BG.dim() - 2))
+    weight = w_BG.to(h_BG.device, h_BG.dtype).view(*w_BG.shape, *(1,) * (h_BG.dim() - w_BG.dim()))
     return (h_BG * weight).sum(1)
 
 

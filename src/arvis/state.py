@@ -8,16 +8,16 @@ lazy: tokens just drawn are fed by the next predict, so the last group is never 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from arvis.dist import Dist
 from arvis.nn.cache import Cache
-from arvis.noise import Noise, Source
+from arvis.noise import Noise, Recorded, Source
 from arvis.tokens import Layout, Pin, Space
 
 Cond = dict[str, Tensor]
@@ -49,7 +49,9 @@ class State:
     more: dict[str, Tensor] = field(default_factory=dict)
     """What a system carries beside tokens: accumulators, next inputs, histories."""
     key: Hashable = None
-    """What changes shapes (solver length, mode). States of equal layout, G and key may share a batch."""
+    """What changes shapes (solver length, mode). States of equal `kind` may share a batch."""
+    ragged: bool = False
+    """The system's verbs take items that stand at different steps."""
 
     def __post_init__(self) -> None:
         if len(self.weights) == 1 and len(self) > 1:
@@ -75,9 +77,21 @@ class State:
             raise ValueError(f"items stand at different steps: {self.k.tolist()}")
         return first
 
-    def weight(self, k: int) -> Tensor:
-        """Guidance weights of step k, [B, G]."""
-        return self.weights[:, min(k, self.weights.shape[1] - 1)]
+    def weight(self, k: int | Tensor) -> Tensor:
+        """Guidance weights [B, G] of step k (one for all, or one per item [B]), or [B, G, n] of steps [B, n]."""
+        last = self.weights.shape[1] - 1
+        if isinstance(k, int):
+            return self.weights[:, min(k, last)]
+        item = torch.arange(len(self)).view(-1, *(1,) * (k.dim() - 1))
+        return self.weights[item, k.cpu().clamp(0, last)].movedim(-1, 1)
+
+    @property
+    def kind(self) -> Hashable:
+        """What must be equal for states to share a batch."""
+        k = None if self.ragged else self.at()
+        ends = tuple((name, None if self.ragged else c.end) for name, c in self.cache.items())
+        tensors = tuple((name, *v.shape[1:]) for d in (self.cond, self.knobs, self.more) for name, v in d.items())
+        return self.layout, self.K, self.key, k, self.weights.shape[1:], ends, tensors
 
     def pin(self, where: Tensor) -> Pin | None:
         """The given tokens among positions `where`."""
@@ -89,44 +103,48 @@ class State:
             setattr(self, f.name, _take(getattr(self, f.name), rows))
         return self
 
+    def fork(self) -> State:
+        """A copy that goes its own way with the same noise."""
+        return replace(self).take_(torch.arange(len(self)))
+
 
 def _take(value: Any, rows: Tensor) -> Any:
     match value:
-        case Pin() | Cache() | Noise():
-            return value.take(rows)
         case Tensor():
             return value[rows.to(value.device)]
         case dict():
             return {name: _take(v, rows) for name, v in value.items()}
-        case Layout() | int() | None:
-            return value
-    return value.take(rows) if callable(getattr(value, "take", None)) else value
+        case Pin() | Cache() | Noise() | Recorded():
+            return value.take(rows)
+    return value
 
 
-def join_states(states: list[State]) -> State:
-    """One state of all items: equal layout, K and key, the same step; ValueError otherwise."""
-    first = states[0]
-    alike = {(s.layout, s.K, s.key, s.at(), s.weights.shape[1:], tuple(s.more), tuple(s.cond)) for s in states}
-    if len(alike) != 1:
-        raise ValueError(f"states of {len(alike)} different kinds or steps cannot share a batch")
-
-    def stack(values: list[Any]) -> Any:
-        match values[0]:
-            case Tensor():
-                return torch.cat(values)
-            case Cache():
-                return Cache.stack(values)
-            case Noise():
-                return Noise(torch.cat([v.seed_B for v in values]))
-            case dict():
-                return {name: stack([v[name] for v in values]) for name in values[0]}
-        return values[0]
-
-    out = State(**{f.name: stack([getattr(s, f.name) for s in states]) for f in fields(first) if f.name != "given"})
+def join_states(states: Sequence[State]) -> State:
+    """One state of all items, which must be of equal `kind`; ValueError otherwise."""
+    kinds = {s.kind for s in states}
+    if len(kinds) != 1:
+        raise ValueError(f"states of {len(kinds)} different kinds cannot share a batch: {kinds}")
+    none = [Pin(torch.zeros_like(s.group, dtype=torch.bool), torch.zeros_like(s.tokens)) for s in states]
     if any(s.given is not None for s in states):
-        pins = [s.given or Pin(torch.zeros_like(s.group, dtype=torch.bool), s.tokens) for s in states]
-        out.given = Pin(torch.cat([p.mask for p in pins]), torch.cat([p.value for p in pins]))
-    return out
+        states = [replace(s, given=s.given or pin) for s, pin in zip(states, none, strict=True)]
+    return State(**{f.name: _stack([getattr(s, f.name) for s in states]) for f in fields(State)})
+
+
+def _stack(values: list[Any]) -> Any:
+    match values[0]:
+        case Tensor():
+            return torch.cat(values)
+        case dict():
+            return {name: _stack([v[name] for v in values]) for name in values[0]}
+        case Pin():
+            return Pin(*map(torch.cat, zip(*values, strict=True)))
+        case Cache():
+            return Cache.stack(values)
+        case Noise():
+            return Noise.stack(values)
+    if any(value != values[0] for value in values):
+        raise ValueError(f"these cannot be joined: {values}")
+    return values[0]
 
 
 class Tokenizer(Protocol):
@@ -172,6 +190,7 @@ class System(Protocol):
         ...
 
 
+@runtime_checkable
 class Parallel(Protocol):
     """Systems whose groups can all be predicted in one pass."""
 
@@ -180,15 +199,20 @@ class Parallel(Protocol):
         ...
 
 
+@runtime_checkable
 class Windowed(Protocol):
-    """Causal systems with one code per group: what speculative decoding needs."""
+    """Causal systems with one code per group: what speculative decoding needs. Their states are ragged."""
 
-    def window(
-        self, s: State, tokens_BL: Tensor, at_BL: Tensor, parent_BL: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Guided, filtered probabilities [B, L, V] of the position after each token, and hidden rows [B, G, L, D]."""
+    def window(self, s: State, drafts_BL: Tensor, parent_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Guided, filtered probabilities [B, 1 + L, V] of the position after what is decided, then after each draft,
+        and the hidden rows [B, G, 1 + L, D] behind them.
+
+        Drafts form a chain, or a tree by the parent of each (-1: follows what is decided; parents come first). A draft
+        of depth d lies at position k + d - 1; drafts beyond the end are computed but mean nothing.
+        """
         ...
 
-    def keep(self, s: State, nodes_BP: Tensor) -> None:
-        """Accept a path of window nodes, padded with -1; items may accept different lengths."""
+    def keep(self, s: State, path_BP: Tensor, tokens_BQ: Tensor) -> None:
+        """Accept a path of drafts of the last window, padded with -1 (items may accept different numbers), and the
+        token after it: tokens [B, P + 1] holds the path's and then that one. k grows by the path's length plus one."""
         ...

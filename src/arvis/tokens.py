@@ -78,16 +78,17 @@ class Layout:
 
     @cached_property
     def level_N(self) -> Tensor:
-        """The level of each position, int32 [N]."""
-        return torch.repeat_interleave(torch.arange(self.K, dtype=torch.int32), torch.tensor(self.sizes))
+        """The level of each position, int32 [N], on the host."""
+        levels = [k for k, size in enumerate(self.sizes) for _ in range(size)]
+        return torch.tensor(levels, dtype=torch.int32, device="cpu")
 
     @cached_property
     def coords_NA(self) -> Tensor:
-        """Integer coordinates of each position inside its level, int32 [N, A]; shorter levels are padded with 0."""
+        """Coordinates of each position inside its level, int32 [N, A], on the host; missing axes are 0."""
         axes = max(len(level) for level in self.levels)
-        out = torch.zeros(self.n, axes, dtype=torch.int32)
+        out = torch.zeros(self.n, axes, dtype=torch.int32, device="cpu")
         for k, level in enumerate(self.levels):
-            grid = torch.cartesian_prod(*(torch.arange(a, dtype=torch.int32) for a in level))
+            grid = torch.cartesian_prod(*(torch.arange(a, dtype=torch.int32, device="cpu") for a in level))
             out[self.span(k), : len(level)] = grid.view(-1, len(level))
         return out
 

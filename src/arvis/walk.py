@@ -18,7 +18,7 @@ from arvis.tokens import Layout, Pin
 
 @dataclass
 class Step:
-    """One group was decided: `k` of `K` groups are, `fresh` [B|1, n] are the positions of the last one."""
+    """More was decided: `k` of `K` groups are (in the slowest item), `fresh` bool [B, N] are the new positions."""
 
     k: int
     K: int
@@ -31,16 +31,22 @@ class Step:
 def walk(system: System, s: State, until: int | None = None, watch: Watch | None = None) -> Iterator[Step]:
     """Decide group after group until the end (or until group `until`); stop iterating to cancel."""
     while not bool(s.done.all()) and (until is None or s.at() < until):
+        before = s.known
         d = system.predict(s)
         x = d.sample(s.noise, s.pin(d.where), watch)
         system.commit(s, d, x)
-        yield Step(
-            k=s.at(),
-            K=s.K,
-            fresh=d.where,
-            state=s,
-            preview=lambda: system.tokenizer.decode(s.tokens, s.layout, s.known, s.noise),
-        )
+        yield step_of(system, s, before)
+
+
+def step_of(system: System, s: State, before_BN: Tensor) -> Step:
+    """The step that led from the positions known before to those of the state."""
+    return Step(
+        k=int(s.k.min()),
+        K=s.K,
+        fresh=s.known & ~before_BN,
+        state=s,
+        preview=lambda: system.tokenizer.decode(s.tokens, s.layout, s.known, s.noise),
+    )
 
 
 def generate(

@@ -53,10 +53,12 @@ class Cache:
     def place(self, see: See, rows: Rows, keep: bool = True, at: Tensor | None = None) -> Tensor | None:
         """Announce the rows of the next trunk call; returns the mask of their attention over the cache and themselves.
 
-        Kept rows take the slots after `end` (or slots `at` [B, R], one list per item, when items stand at different
-        lengths). Rows that are not kept are read in this call only; they lie where the next rows will, or are joined
-        by a copy where that is impossible, so rows that nothing reads later need no memory.
+        Rows take the slots after `end`, or slots `at` [B, R], one list per item, when items stand at different lengths.
+        Rows that are not kept are read in this call only; they lie where the next rows will, or are joined by a copy
+        where that is impossible, so rows that nothing reads later need no memory.
         """
+        if at is not None and not keep:
+            raise ValueError("rows at slots of their own are always kept; roll back with `forget` or `keep`")
         stop = self.end + rows.count if at is None else int(at.max()) + 1
         if keep and stop > self.slots:
             raise ValueError(f"the cache has {self.slots} slots, {self.end} in use: no room for rows up to {stop}")
