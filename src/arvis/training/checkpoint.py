@@ -91,6 +91,7 @@ def save(
                 save_file(storable(tensors), partial / f"{part}.safetensors", metadata={"format": "pt"})
             files = sorted(partial.rglob("*.safetensors"))
             for file in files:
+                file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
                 _flush(file)
             sums = {str(file.relative_to(partial)): checksum(file) for file in files}
             write_text(partial / "state.json", json.dumps({"step": step, "crc32": sums, **state}, indent=1))

@@ -31,6 +31,7 @@ from arvis.training import (
     metrics,
     optimizers,
     precision,
+    report,
     schedule,
 )
 from arvis.training.interrupt import Interrupt
@@ -384,6 +385,8 @@ class _Run:
             sharded=self.sharded,
         )
         self.saved, self.saved_at = (self.step, path), time.monotonic()
+        if self.ranks.first:
+            report.write(self.run)
 
     def _rescue(self, together: bool = False) -> None:
         """Before an error leaves: save what was trained since the last checkpoint, where it is whole and finite.

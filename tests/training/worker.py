@@ -1,0 +1,90 @@
+"""A small run with everything that could forget its place: dropout, noise, averages, two optimisers, buffers.
+
+As a script, `worker.py RUN [--resume] [--shard] [--steps N]`, also under torchrun.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arvis.noise import Noise
+from arvis.training import distributed
+from arvis.training.fit import FitConfig, FitResult, fit
+from arvis.training.optimizers import Part
+
+
+class Toy(nn.Module):
+    """A denoiser and its critic; `dropout` draws from torch's own generator, `seen` is a buffer that moves."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 33), nn.GELU(), nn.Dropout(dropout), nn.Linear(33, 6))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.critic = nn.Linear(6, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def loss(self, batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
+        x = batch["image"]
+        y = self.layers(x + 0.3 * noise.normal("corrupt", 0, (6,)).float()) * self.scale
+        if self.training:
+            self.seen += len(batch["prompt"])
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+        fooled = torch.func.functional_call(self.critic, frozen, (y,)).mean()
+        critic = (1 + self.critic(y.detach())).relu().mean() + (1 - self.critic(x)).relu().mean()
+        return {"loss": (y - x).square().mean() - 0.01 * fooled, "loss_critic": critic, "size": y.abs().mean()}
+
+
+def data(step: int) -> dict[str, Any]:
+    """Eight rows that depend on the step alone."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {"image": torch.randn(8, 6, generator=generator), "prompt": [str(i) for i in range(8)]}
+
+
+def config(steps: int, shard: bool = False) -> FitConfig:
+    """Settings that use every stateful feature."""
+    critic = Part(names=("critic.",), loss="loss_critic", lr=1e-2)
+    return FitConfig(
+        steps=steps,
+        batch=8,
+        lr=1e-2,
+        warmup=5,
+        accumulate=2,
+        clip=0.5,
+        ema=0.99,
+        parts=(critic,),
+        precision="float32",
+        shard=shard,
+        save_every=7,
+        log_every=3,
+    )
+
+
+def toy(dropout: float = 0.1) -> Toy:
+    """The untrained module."""
+    torch.manual_seed(0)
+    return Toy(dropout)
+
+
+def train(run: Path, steps: int, resume: bool = False, shard: bool = False, dropout: float = 0.1) -> FitResult:
+    """Train the toy, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        module = toy(dropout)
+        blocks = lambda m: [m.layers[0], m.layers[3]]  # noqa: E731
+        return fit(module, module.loss, data, config(steps, shard), run, resume=resume, blocks=blocks)
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    many = "RANK" in __import__("os").environ
+    count = int(words[words.index("--steps") + 1]) if "--steps" in words else 60
+    train(Path(words[0]), count, "--resume" in words, "--shard" in words, dropout=0.0 if many else 0.1)
+    distributed.close()
