@@ -370,6 +370,7 @@ def test_without_a_compiler_training_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_training_gives_the_same_weights(tmp_path: Path) -> None:
     weights = []
     for compile_ in (False, True):

@@ -1,10 +1,12 @@
 """A small run with everything that could forget its place: dropout, noise, averages, two optimisers, buffers.
 
-As a script, `worker.py RUN [--resume] [--shard] [--steps N]`, also under torchrun.
+As a script: `worker.py RUN [--resume]` alone, `worker.py FOLDER` as one of several ranks.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,20 @@ def train(run: Path, steps: int, resume: bool = False, shard: bool = False, drop
         torch.set_num_threads(threads)
 
 
+def together(folder: Path) -> None:
+    """What every rank of two does: three updates by DDP; by FSDP2, resumed to five; FSDP2 from an unsharded start."""
+    train(folder / "ddp", 3, dropout=0.0)
+    train(folder / "fsdp", 3, shard=True, dropout=0.0)
+    if distributed.init().first:
+        shutil.copytree(folder / "fsdp", folder / "third")
+    distributed.init().barrier()
+    train(folder / "fsdp", 5, resume=True, shard=True, dropout=0.0)
+    train(folder / "ddp", 5, resume=True, shard=True, dropout=0.0)
+
+
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    many = "RANK" in __import__("os").environ
-    count = int(words[words.index("--steps") + 1]) if "--steps" in words else 60
-    train(Path(words[0]), count, "--resume" in words, "--shard" in words, dropout=0.0 if many else 0.1)
-    distributed.close()
+    if "RANK" in os.environ:
+        together(Path(sys.argv[1]))
+        distributed.close()
+    else:
+        train(Path(sys.argv[1]), 60, resume="--resume" in sys.argv)
