@@ -121,8 +121,10 @@ def _attributes(
         is_person = subgroup in PERSON_SUBGROUPS or subgroup == "family"
         gender = (found[0] if len(set(found)) == 1 else "+".join(found)) if found else "person" if is_person else None
         neutral = tuple(part for code in plain for part in (NEUTRAL[code][1] if code in NEUTRAL else (code,)))
-    # a base with no neutral picture keeps its own name without the tone
-    base = names.get(neutral) or names.get(tuple(plain)) or name
+    # a base with no neutral picture keeps its own name without the tones
+    details = [part for part in rest.split(", ") if part and not part.endswith("skin tone")]
+    own = f"{stem}: {', '.join(details)}" if details else stem
+    base = names.get(neutral) or names.get(tuple(plain)) or own
     return {"base": base, "gender": gender, "skin_tone": tone}
 
 

@@ -18,8 +18,8 @@ def open_data(spec: str, size: int, seed: int = 0, split: str = "train") -> Data
     """The data set a short text names, as pictures of `size` x `size`.
 
     `spec` is "emoji", "scenes", both ("emoji+scenes", half and half), a folder of pictures, a .parquet or .tar file, or
-    a pattern of such files ("shards/*.tar"). `split` is "train" or "heldout", or "all" for everything but scenes. `seed`
-    chooses the scenes.
+    a pattern of such files ("shards/*.tar"). `split` is "train" or "heldout", or "all" for everything but scenes.
+    `seed` chooses the scenes.
     """
     parts = spec.split("+")
     if all(part in _NAMES for part in parts):

@@ -62,13 +62,13 @@ peacock, bat, hedgehog, unicorn, fox/foxes, wolf/wolves, raccoon, deer/deer, chi
 snowman without snow=snowman/snowmen, banana, peach/peaches, watermelon, pineapple, avocado, croissant, pretzel,
 hamburger, pizza, cookie, doughnut, cupcake, birthday cake=cake, lollipop, egg, wine glass/wine glasses,
 hot beverage=cup, bus/buses, bicycle, house, soccer ball, crown, top hat=hat, rocket, airplane, locomotive=train,
-tractor, motor scooter=scooter, light bulb, hammer, camera, laptop, trophy/trophies, drum, violin, sunflower, robot,
-castle, globe showing Americas=globe, toilet, window, ring
+tractor, motor scooter=scooter, light bulb, guitar, hammer, camera, laptop, trophy/trophies, drum, violin, sunflower,
+robot, castle, globe showing Americas=globe, toilet, window, ring
 """
 _COLOURABLE = """
 cat, horse, pig, bear, frog, turtle, snake, crocodile, dolphin, octopus/octopuses, crab, lobster, snail, bird,
 fish/fish, sauropod=dinosaur, red apple=apple, pear, lemon, strawberry/strawberries, carrot, eggplant,
-tomato/tomatoes, hot pepper=pepper, teapot, automobile=car, delivery truck=truck, star, key, umbrella, guitar,
+tomato/tomatoes, hot pepper=pepper, teapot, automobile=car, delivery truck=truck, star, key, umbrella,
 closed book=book, chair, teddy bear, backpack, handbag, dress/dresses, billed cap=cap, running shoe=shoe, balloon,
 helicopter, sailboat, anchor, bell, magnet, telephone, trumpet, cactus/cacti, tulip, rose,
 deciduous tree=tree, red heart=heart, bucket, pencil, crayon, jack-o-lantern=pumpkin, maple leaf=leaf/leaves, tent,
@@ -191,7 +191,8 @@ def to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.nda
 
 
 def nearest_colour(rgb: np.ndarray) -> str:
-    """The name in COLOURS whose colour is nearest to one RGB triple in [0, 255]: how a painted object is read back."""
-    names = list(COLOURS)
-    palette = 255 * to_rgb(*(np.array(part) for part in zip(*COLOURS.values(), strict=True)))
+    """What to call one RGB triple in [0, 255]: the nearest of COLOURS, "white" and "grey"."""
+    names = [*COLOURS, "white", "grey"]
+    triples = [*COLOURS.values(), (0.0, 0.0, 1.0), (0.0, 0.0, 0.6)]
+    palette = 255 * to_rgb(*(np.array(part) for part in zip(*triples, strict=True)))
     return names[int(np.argmin(((palette - np.asarray(rgb, float)) ** 2).sum(-1)))]

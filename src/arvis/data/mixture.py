@@ -14,8 +14,9 @@ _CYCLE = 1000  # weights are rounded to thousandths
 class Mixture:
     """Data sets interleaved evenly by weight, as a pure function of the index.
 
-    Item i comes from one of the data sets; each is read in its own order and starts again when it is through. The length
-    is such that the one that takes longest is read once. Classes are put one after another, labels shifted to match.
+    Item i comes from one of the data sets; each is read in its own order and starts again when it is through. The
+    length is such that the one that takes longest is read once. Classes are put one after another, labels shifted to
+    match.
     """
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:

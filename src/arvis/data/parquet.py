@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,7 @@ class ParquetSource:
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        try:
-            from pyarrow import ArrowInvalid
-            from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise ImportError("reading parquet needs pyarrow: pip install 'arvis[data]'") from error
+        self._arrow = arrow = _pyarrow()
         self.skipped: list[tuple[str, str]] = []
         self.classes: tuple[str, ...] = ()
         self._paths = [Path(path) for path in paths]
@@ -38,13 +36,14 @@ class ParquetSource:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} does not exist; expected a parquet file with a column of pictures")
             try:
-                with ParquetFile(path) as file:
-                    columns = file.schema_arrow.names
+                with arrow.parquet.ParquetFile(path) as file:
+                    columns, about = file.schema_arrow.names, file.schema_arrow.metadata or {}
                     sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-            except ArrowInvalid as error:
+            except arrow.ArrowInvalid as error:
                 raise ValueError(f"{path} is not a parquet file: {error}") from error
             if k == 0:
                 self._choose(path, columns)
+                self.classes = _class_names(about.get(b"huggingface", b"{}"), self._label)
             for g, size in enumerate(sizes):
                 self._groups.append((k, g))
                 self._starts.append(count)
@@ -66,10 +65,8 @@ class ParquetSource:
         self._label = next((name for name in LABEL_COLUMNS if name in columns), None)
 
     def _load_group(self, k: int, group: int) -> list[dict[str, Any]]:
-        from pyarrow.parquet import ParquetFile
-
         columns = [name for name in (self._image, self._caption, self._label) if name]
-        with ParquetFile(self._paths[k]) as file:
+        with self._arrow.parquet.ParquetFile(self._paths[k]) as file:
             return file.read_row_group(group, columns=columns).to_pylist()
 
     def _locate(self, i: int) -> tuple[int, int, int]:
@@ -93,3 +90,19 @@ class ParquetSource:
         caption = values.get(self._caption) if self._caption else None
         label = values.get(self._label) if self._label else None
         return Record(data=data, caption=str(caption or ""), label=label if isinstance(label, int) else 0)
+
+
+def _class_names(about: bytes, label: str | None) -> tuple[str, ...]:
+    """The names the hub's `datasets` library writes into the schema."""
+    try:
+        return tuple(json.loads(about)["info"]["features"][label]["names"])
+    except (ValueError, KeyError, TypeError):
+        return ()
+
+
+def _pyarrow() -> Any:
+    try:
+        import_module("pyarrow.parquet")
+        return import_module("pyarrow")
+    except ImportError as error:
+        raise ImportError("reading parquet needs pyarrow: pip install 'arvis[data]'") from error

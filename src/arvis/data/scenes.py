@@ -85,7 +85,7 @@ class Scenes:
         if emoji is None:
             # Objects are at most 7/8 of the picture, so the packaged 64 x 64 emoji serve scenes up to 73 pixels.
             emoji = load_emoji(64 if config.size <= 73 else config.size)
-        self.classes = SKILLS
+        self.classes: tuple[str, ...] = SKILLS
         self.cutouts = Cutouts(emoji)
         self._heldout = config.split == "heldout"
         self._key = (config.seed * 2 + self._heldout) & (2**64 - 1)
