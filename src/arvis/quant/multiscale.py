@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,16 +79,16 @@ def residual_encode(
         yield z_BnC, h
 
 
-def ticks(shares: int) -> Tensor:
+def ticks(shares: int) -> np.ndarray:
     """The relative positions of `shares` shared convolutions; four sit closer to the ends (a quirk of VAR)."""
-    edge = 1 / 12 if shares == 4 else 1 / (2 * shares)
-    return torch.linspace(edge, 1 - edge, shares, dtype=torch.float64)
+    edge = 1 / 3 / 4 if shares == 4 else 1 / 2 / shares
+    return np.linspace(edge, 1 - edge, shares)
 
 
 def phi_index(k: int, levels: int, shares: int) -> int:
     """Which of `shares` convolutions level k of `levels` uses: the one whose tick is nearest to k / (levels - 1)."""
     at = k / (levels - 1) if levels > 1 else 0.0
-    return int((ticks(shares) - at).abs().argmin())
+    return int(np.argmin(np.abs(ticks(shares) - at)))  # Compat: rounding in float64 decides between equal distances
 
 
 class Phi(nn.Conv2d):
@@ -98,7 +99,9 @@ class Phi(nn.Conv2d):
         self.ratio = abs(ratio)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h.mul(1 - self.ratio) + super().forward(h).mul(self.ratio)
+        assert self.bias is not None
+        mixed = self._conv_forward(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
+        return h.mul(1 - self.ratio) + mixed.mul(self.ratio)
 
 
 class OnePhi(nn.Module):
@@ -243,19 +246,30 @@ class MultiScaleVQ(nn.Module):
 
     @torch.no_grad()
     def init_(self, f: Tensor, layout: Layout, noise: Noise, at: int = 0) -> None:
-        """Sets the table to random encoder vectors of all levels, as if every level were coded without error."""
+        """Sets the table to random encoder vectors, as if every level were coded without error.
+
+        All levels are equally likely, so that the few cells of the coarse ones find enough codes.
+        """
         steps = residual_encode(f.float(), lambda z, k: z, self.spread, layout, self.target)
         vectors = torch.cat([z for z, _ in steps], 1)
-        self.embedding.weight.copy_(pick(vectors, self.config.size, noise, at))
+        weight_BN = _cells(layout).to(f.device).expand(vectors.shape[:2])
+        self.embedding.weight.copy_(pick(vectors, self.config.size, noise, at, weight_BN))
 
     @torch.no_grad()
     def revive_(self, f: Tensor, layout: Layout, noise: Noise, at: int, threshold: float = 0.05) -> int:
         """Sets the codes with less than `threshold` of the mean hits to vectors of the batch `f`; says how many.
 
-        Revived codes get the mean hits, so that they have time to find their place. `at` is the training step.
+        A vector is the likelier the more error its code leaves in the full map. Revived codes get the mean hits, so
+        that they have time to find their place. `at` is the training step.
         """
-        hits_V = self.ema_vocab_hit_SV.sum(0)
-        gone = dead(hits_V, threshold)
-        n = restart_(self.embedding.weight, gone, self.targets(f.float(), layout), noise, at)
+        gone = dead(self.ema_vocab_hit_SV.sum(0), threshold)
+        vectors = self.targets(f.float(), layout)
+        error_BN = (vectors - self.embedding(self.lookup(vectors))).square().sum(2) * _cells(layout).to(f.device)
+        n = restart_(self.embedding.weight, gone, vectors, noise, at, error_BN)
         self.ema_vocab_hit_SV[:, gone] = self.ema_vocab_hit_SV.mean(1, keepdim=True)
         return n
+
+
+def _cells(layout: Layout) -> Tensor:
+    """How many cells of the last level one position covers, [N]."""
+    return torch.cat([torch.full((n,), layout.sizes[-1] / n) for n in layout.sizes])

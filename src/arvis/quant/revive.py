@@ -14,27 +14,33 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def pick(vectors: Tensor, n: int, noise: Noise, at: int) -> Tensor:
+def pick(vectors: Tensor, n: int, noise: Noise, at: int, weight: Tensor | None = None) -> Tensor:
     """`n` of the M `vectors` [..., D], drawn without replacement (again from the start when n > M): [n, D].
 
-    Only the first row of `noise` is used: a codebook belongs to no item of a batch.
+    `weight` [...] makes vectors more or less likely. Only the first row of `noise` is used: a codebook belongs to no
+    item of a batch.
     """
     rows = vectors.reshape(-1, vectors.shape[-1])
-    order = (
-        noise.take(torch.zeros(1, dtype=torch.int64)).uniform("revive", at, (len(rows),))[0].to(rows.device).argsort()
-    )
+    first = noise.take(torch.zeros(1, dtype=torch.int64))
+    race = -first.uniform("revive", at, (len(rows),))[0].to(rows.device).log()  # exponential: the smallest win
+    if weight is not None:
+        race = race / weight.reshape(-1).double().clamp_min(1e-30)
+    order = race.argsort()
     return rows[order[torch.arange(n, device=rows.device) % len(rows)]]
 
 
 @torch.no_grad()
-def restart_(table_VD: Tensor, dead_V: Tensor, vectors: Tensor, noise: Noise, at: int) -> int:
+def restart_(
+    table_VD: Tensor, dead_V: Tensor, vectors: Tensor, noise: Noise, at: int, weight: Tensor | None = None
+) -> int:
     """Sets the codes marked in `dead_V` to random encoder vectors of this batch, in place; says how many.
 
-    With several processes the table of rank 0 is sent to all, so that they stay equal. `at` is the training step.
+    `weight` as in `pick`; `at` is the training step. With several processes the table of rank 0 is sent to all, so that
+    they stay equal.
     """
     n = int(dead_V.sum())
     if n:
-        table_VD[dead_V] = pick(vectors, n, noise, at).to(table_VD)
+        table_VD[dead_V] = pick(vectors, n, noise, at, weight).to(table_VD)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(table_VD, 0)
     return n

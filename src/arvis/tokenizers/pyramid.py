@@ -98,8 +98,9 @@ class PyramidVQ(nn.Module):
         return Layout(tuple(tuple(max(1, round(p * side / sides[-1])) for side in last) for p in sides))
 
     def features(self, x: Tensor) -> Tensor:
-        """What is quantised: float32 [B, C, H, W]."""
-        return self.quant_conv(self.encoder(x)).float()
+        """What is quantised: float32 [B, C, H, W] (float64 of a float64 module)."""
+        f = self.quant_conv(self.encoder(x))
+        return f.to(torch.promote_types(f.dtype, torch.float32))
 
     @torch.no_grad()
     def encode(self, x: Tensor, layout: Layout | None = None, noise: Noise | None = None) -> Tensor:
@@ -131,7 +132,8 @@ class PyramidVQ(nn.Module):
 
     def reconstruct(self, f: Tensor) -> Tensor:
         """Images of sums f with gradients, not clamped, float32."""
-        return self.decoder(self.post_quant_conv(f)).float()
+        weight = self.post_quant_conv.weight
+        return self.decoder(self.post_quant_conv(f.to(weight.dtype))).float()
 
     def embed(self, tokens_BnS: Tensor) -> Tensor:
         """Code vectors [B, n, C], as they are added (never normalised)."""
@@ -140,7 +142,8 @@ class PyramidVQ(nn.Module):
     def start(self, batch: int, layout: Layout) -> Tensor:
         """The empty sum: zeros [B, C, H, W]."""
         weight = self.quantize.embedding.weight
-        return weight.new_zeros(batch, self.config.z_channels, *layout.levels[-1])
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_zeros(batch, self.config.z_channels, *layout.levels[-1], dtype=dtype)
 
     def accumulate(self, f: Tensor, tokens_BnS: Tensor, k: int, layout: Layout) -> Tensor:
         """f + phi_k(bicubic(codes of level k)); the last level is not resized."""
