@@ -271,9 +271,12 @@ def test_every_answer_of_the_hub_is_told(tmp_path):
     assert "not in the cache and the hub cannot be reached" in told["Down"] and "--weights FILE" in told["Down"]
 
 
-def test_reading_does_not_change_the_file(tmp_path):
-    torch.save(STATE, tmp_path / "x.pth")
-    before = (tmp_path / "x.pth").read_bytes()
-    for tensor in read(tmp_path / "x.pth").values():
+@pytest.mark.parametrize("write", [torch.save, save_file])
+def test_what_was_read_can_be_written_and_the_file_stays(tmp_path, write):
+    write(STATE, tmp_path / "x")
+    before = (tmp_path / "x").read_bytes()
+    tensors = read(tmp_path / "x")
+    for tensor in tensors.values():
         tensor.zero_()
-    assert (tmp_path / "x.pth").read_bytes() == before
+    assert (tmp_path / "x").read_bytes() == before and not any(t.any() for t in tensors.values())
+    assert same(read(tmp_path / "x"))
