@@ -31,6 +31,8 @@ class Quantizer(Protocol):
 
     def encode(self, z: Tensor) -> Tensor:
         """Ids [..., S] of vectors [..., d]."""
+        ...
 
     def codes(self, tokens: Tensor) -> Tensor:
         """Code vectors [..., d] of ids [..., S]."""
+        ...

@@ -154,8 +154,10 @@ class MultiScaleVQConfig:
 class MultiScaleVQ(nn.Module):
     """Maps [B, C, H, W] -> tokens [B, N, 1] of a pyramid of levels; attribute names are those of VAR's checkpoints.
 
-    The buffer `ema_vocab_hit_SV` [levels, V] is the moving average of hits; only `record_` changes it.
+    The buffer `ema_vocab_hit_SV` [levels, V] is the moving average of hits; only `record_` and `revive_` change it.
     """
+
+    ema_vocab_hit_SV: Tensor
 
     def __init__(self, config: MultiScaleVQConfig, target: Target = area_target) -> None:
         super().__init__()

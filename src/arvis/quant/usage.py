@@ -63,6 +63,9 @@ def dead(average_V: Tensor, threshold: float = 0.05) -> Tensor:
 class UsageRing(nn.Module):
     """The ids of the last `length` tokens in a ring, zeros at first (which count as id 0, as in LlamaGen)."""
 
+    ring: Tensor
+    at: Tensor
+
     def __init__(self, length: int = 65536) -> None:
         super().__init__()
         self.register_buffer("ring", torch.zeros(length, dtype=torch.int64))

@@ -45,7 +45,10 @@ class PyramidVQConfig:
 
     @property
     def backbone(self) -> CNNConfig | PatchConfig:
-        return self.cnn or self.patch
+        if self.cnn is not None:
+            return self.cnn
+        assert self.patch is not None
+        return self.patch
 
     @property
     def downsample(self) -> int:
@@ -64,10 +67,11 @@ class PyramidVQ(nn.Module):
     def __init__(self, config: PyramidVQConfig, target: Target = area_target) -> None:
         super().__init__()
         self.config = config
-        if config.cnn is not None:
-            self.encoder, self.decoder = CNNEncoder(config.cnn), CNNDecoder(config.cnn)
+        backbone = config.backbone
+        if isinstance(backbone, CNNConfig):
+            self.encoder, self.decoder = CNNEncoder(backbone), CNNDecoder(backbone)
         else:
-            self.encoder, self.decoder = PatchEncoder(config.patch), PatchDecoder(config.patch)
+            self.encoder, self.decoder = PatchEncoder(backbone), PatchDecoder(backbone)
         quantize = MultiScaleVQConfig(
             size=config.vocab_size,
             width=config.z_channels,
@@ -86,7 +90,7 @@ class PyramidVQ(nn.Module):
     def space(self) -> Space:
         return Space(sizes=(self.config.vocab_size,))
 
-    def layout(self, shape: tuple[int, int] | None = None) -> Layout:
+    def layout(self, shape: tuple[int, ...] | None = None) -> Layout:
         """The pyramid of the configuration, or the same one stretched to images of `shape` (H, W) pixels."""
         sides = self.config.patch_nums
         if shape is None:
