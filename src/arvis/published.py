@@ -26,6 +26,8 @@ class Preset:
     files: dict[str, File] = field(default_factory=dict)
     licence: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of `training.fit.FitConfig` by stage ("tokenizer", "generator")."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def rotate(x: Tensor, table: Tensor, pairs: Pairs) -> Tensor:
 
 
 def grid_angles(coords_NA: Tensor, dims: Sequence[int], base: float = 10000.0) -> Tensor:
-    """Axial rotary table [1, N, sum(dims)/2, 2] of (cos, sin): axis a has dims[a] channels, rates base^(-2i/dims[a])."""
+    """Axial rotary table [1, N, sum(dims)/2, 2] of (cos, sin): dims[a] channels at rates base^(-2i/dims[a])."""
     angles = []
     for axis, dim in enumerate(dims):
         rate = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=coords_NA.device) / dim)

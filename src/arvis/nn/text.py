@@ -1,7 +1,7 @@
 """A small text encoder that is trained with its model: words as bags of hashed letter groups, then a transformer.
 
-A word is the sum of the embeddings of itself and of its letter trigrams (arXiv 1607.04606), so "dogs" is near "dog", and
-a word never seen in training still means something. No vocabulary file, no dependency.
+A word is the sum of the embeddings of itself and of its letter trigrams (arXiv 1607.04606), so "dogs" is near "dog",
+and a word never seen in training still means something. No vocabulary file, no dependency.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from arvis.nn.vit import ViTBlock
 class TextConfig:
     """`buckets` hashed embeddings; prompts are cut after `words` words; a word has at most `pieces` pieces."""
 
-    buckets: int = 8192
+    buckets: int = 4096
     words: int = 24
     pieces: int = 12
     width: int = 192

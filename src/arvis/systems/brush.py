@@ -26,7 +26,7 @@ class BrushConfig:
     """The transformer over scales (its classes are not used) and the text encoder."""
 
     scale: VARConfig
-    text: TextConfig = TextConfig()
+    text: TextConfig
 
 
 class TextConditioner(nn.Module):
@@ -70,11 +70,21 @@ def brush_64() -> BrushConfig:
     scale = VARConfig(
         tokenizer=tokenizer, depth=8, width=192, heads=6, num_classes=0, shared_aln=True, adaln_init=0.1, label_drop=0.1
     )
-    return BrushConfig(scale=scale, text=TextConfig(buckets=4096))
+    return BrushConfig(scale=scale, text=TextConfig())
 
+
+CONFIG = BrushConfig
 
 PRESETS = {
-    "brush-64": Preset(config=brush_64, licence="Apache-2.0", sampling={"cfg_scale": 2.0, "top_k": 200, "top_p": 0.9})
+    "brush-64": Preset(
+        config=brush_64,
+        licence="Apache-2.0",
+        sampling={"cfg_scale": 2.0, "top_k": 200, "top_p": 0.9},
+        training={
+            "tokenizer": {"steps": 1400, "batch": 64, "lr": 1e-3, "warmup": 50, "schedule": "cosine", "ema": 0.995},
+            "generator": {"steps": 4000, "batch": 64, "lr": 1e-3, "warmup": 100, "schedule": "cosine", "ema": 0.995},
+        },
+    )
 }
 
 
