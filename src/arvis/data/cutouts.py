@@ -1,6 +1,6 @@
 """Nameable objects cut out of the emoji, in their own colours or recoloured, and the one function that pastes them.
 
-A cut-out is a tight premultiplied RGBA tile, uint8 [h, w, 4].
+A cut-out is a tight premultiplied RGBA tile, uint8 [4, h, w]: planes, because pasting them is several times quicker.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Cutouts:
         self._tiles: dict[tuple[str, str | None, int], np.ndarray] = {}
 
     def get(self, noun: str, colour: str | None, pixels: int) -> np.ndarray:
-        """The object drawn on a square of `pixels`, cut tight: premultiplied uint8 [h, w, 4] with h, w <= pixels."""
+        """The object drawn on a square of `pixels`, cut tight: premultiplied uint8 [4, h, w] with h, w <= pixels."""
         key = (noun, colour, pixels)
         tile = self._tiles.get(key)
         if tile is None:
@@ -118,23 +118,27 @@ class Cutouts:
             tile_HWC = resize(tile_HWC, pixels)
         solid = tile_HWC[..., 3] >= SOLID
         rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-        tile_HWC = tile_HWC[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].copy()
-        tile_HWC.setflags(write=False)
-        return tile_HWC
+        tile_CHW = tile_HWC[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].transpose(2, 0, 1).copy()
+        tile_CHW.setflags(write=False)
+        return tile_CHW
 
 
-def paste(canvas_HWC: np.ndarray, tile_HWC: np.ndarray, left: int, top: int) -> None:  # noqa: N803
-    """Draw a premultiplied tile over a uint8 [H, W, 3] canvas in place; what hangs over an edge is cut off."""
-    height, width = canvas_HWC.shape[:2]
+def paste(canvas_CHW: np.ndarray, tile_CHW: np.ndarray, left: int, top: int) -> None:  # noqa: N803
+    """Draw a premultiplied tile over a uint8 [3, H, W] canvas in place; what hangs over an edge is cut off."""
+    height, width = canvas_CHW.shape[1:]
     y0, x0 = max(top, 0), max(left, 0)
-    y1, x1 = min(top + tile_HWC.shape[0], height), min(left + tile_HWC.shape[1], width)
+    y1, x1 = min(top + tile_CHW.shape[1], height), min(left + tile_CHW.shape[2], width)
     if y0 >= y1 or x0 >= x1:
         return
-    tile = tile_HWC[y0 - top : y1 - top, x0 - left : x1 - left]
-    under = canvas_HWC[y0:y1, x0:x1]
-    through = under * (255 - tile[..., 3:]).astype(np.uint16) + np.uint16(128)
+    tile = tile_CHW[:, y0 - top : y1 - top, x0 - left : x1 - left]
+    under = canvas_CHW[:, y0:y1, x0:x1]
+    through = under * (255 - tile[3]).astype(np.uint16)
     # (x + 128 + (x + 128 >> 8)) >> 8 is x / 255 rounded, for every x in 0 ... 255 * 255, and stays below 2^16
-    under[...] = tile[..., :3] + ((through + (through >> 8)) >> 8).astype(np.uint8)
+    through += 128
+    through += through >> 8
+    through >>= 8
+    through += tile[:3]
+    under[...] = through
 
 
 def resize(tile_HWC: np.ndarray, pixels: int) -> np.ndarray:  # noqa: N803

@@ -90,6 +90,8 @@ class Scenes:
         self._heldout = config.split == "heldout"
         self._key = (config.seed * 2 + self._heldout) & (2**64 - 1)
         self._unit = config.size / 64
+        flat = np.ones((1, config.size, config.size), np.uint8)
+        self._plain = {name: np.array(rgb, np.uint8)[:, None, None] * flat for name, rgb in BACKGROUNDS.items()}
 
     def __len__(self) -> int:
         return self.config.length
@@ -98,8 +100,11 @@ class Scenes:
         if not 0 <= i < self.config.length:
             raise IndexError(f"scene {i} of {self.config.length}")
         scene = self.scene(i)
-        image = torch.from_numpy(self.render(scene).transpose(2, 0, 1).copy())
-        return {"image": image, "caption": scene.caption, "label": SKILLS.index(scene.skill)}
+        return {
+            "image": torch.from_numpy(self.render(scene)),
+            "caption": scene.caption,
+            "label": SKILLS.index(scene.skill),
+        }
 
     def scene(self, i: int) -> Scene:
         """The ground truth of scene i."""
@@ -115,13 +120,11 @@ class Scenes:
         return Scene(objects=objects, background=background, skill=skill, caption=caption, questions=questions)
 
     def render(self, scene: Scene) -> np.ndarray:
-        """uint8 [size, size, 3]."""
-        size = self.config.size
-        canvas_HWC = np.empty((size, size, 3), np.uint8)
-        canvas_HWC[...] = BACKGROUNDS[scene.background]
+        """uint8 [3, size, size]."""
+        canvas_CHW = self._plain[scene.background].copy()
         for thing in scene.objects:
-            paste(canvas_HWC, self.cutouts.get(thing.name, thing.colour, thing.pixels), thing.box[0], thing.box[1])
-        return canvas_HWC
+            paste(canvas_CHW, self.cutouts.get(thing.name, thing.colour, thing.pixels), thing.box[0], thing.box[1])
+        return canvas_CHW
 
     def _subject(self, skill: str, draws: Iterator[float]) -> tuple[list[Thing], list[str | None], int, str | None]:
         """What the scene is about: things, their colours, how many of the first, and the relation of the first two."""
@@ -187,8 +190,7 @@ class Scenes:
             if count == 2:
                 step = next(draws)
             pixels = round((smallest + 4 * int(step * ((largest - smallest) // 4 + 1))) * self._unit)
-            tile_HWC = self.cutouts.get(thing.noun, colour, pixels)
-            height, width = tile_HWC.shape[:2]
+            height, width = self.cutouts.get(thing.noun, colour, pixels).shape[1:]
             column, row = cell % columns, cell // columns
             across, down = next(draws), next(draws)
             if relation is not None:
