@@ -23,7 +23,8 @@ from arvis.config import from_dict, to_dict
 from arvis.noise import Noise
 from arvis.training import batches, checkpoint, compiled, metrics
 from arvis.training.checkpoint import CheckpointError
-from arvis.training.fit import FitConfig, FitResult, TrainingError, fit, load_config
+from arvis.training.fit import FitConfig, FitResult, TrainingError, fit
+from arvis.training.fit_config import load_config
 from arvis.training.progress import StepInfo
 from training import worker
 

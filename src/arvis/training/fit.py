@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from arvis.config import from_dict, to_dict
+from arvis.config import to_dict
 from arvis.noise import Noise
 from arvis.training import (
     batches,
@@ -34,6 +34,7 @@ from arvis.training import (
     report,
     schedule,
 )
+from arvis.training.fit_config import FitConfig
 from arvis.training.interrupt import Interrupt
 from arvis.training.optimizers import Part
 from arvis.training.progress import OnStep, Speed, StepInfo
@@ -42,55 +43,6 @@ _log = logging.getLogger("arvis")
 
 Loss = Callable[[dict[str, Any], Noise], dict[str, Tensor]]
 Sample = Callable[[int, Path], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """The settings of a run; plain data, written to its config.json.
-
-    `steps` is the length of the schedule in updates, `batch` the rows of one update on all ranks together,
-    `accumulate` in how many parts they pass through the network. `schedule`, `warmup` (updates) and `final` (the last
-    factor of the learning rate) are those of `schedule.factor`; weight decay goes to `weight_decay_final` by a cosine,
-    and skips 1-d parameters and names holding a fragment of `no_decay`. `clip` and `ema` are off at 0. `minutes` only
-    stops this call early (and saves): the schedule stays a function of the step. `parts` are further optimisers.
-    `shard` splits the parameters over torchrun's processes (FSDP2) instead of copying them (DDP).
-    """
-
-    steps: int
-    batch: int
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    weight_decay_final: float | None = None
-    no_decay: tuple[str, ...] = ()
-    warmup: int = 0
-    schedule: schedule.Schedule = "lin0"
-    final: float = 0.01
-    clip: float = 2.0
-    accumulate: int = 1
-    ema: float = 0.0
-    parts: tuple[Part, ...] = ()
-    seed: int = 0
-    precision: precision.Choice = "auto"
-    compile: bool = False
-    shard: bool = False
-    save_every: int = 0
-    save_minutes: float = 10.0
-    sample_every: int = 0
-    log_every: int = 20
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "save_every", "sample_every", "save_minutes", "weight_decay", "clip", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}; 0 keeps no average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +76,12 @@ def fit(
 ) -> FitResult:
     """Train `module`, on the device where it lies, and keep the run in the folder `run`.
 
-    `data(step)` is the batch of an update, `config.batch` rows, a pure function of the step. `loss(batch, noise)`
-    returns scalars; "loss" is minimised, those named by `config.parts` by their own optimisers, the others are logged.
-    Parameters with `requires_grad` False are left alone, and submodules made only of such run in eval mode.
-    `sample(step, folder)` is called in eval mode with the averaged weights, to write pictures. `blocks(module)` are the
-    submodules to compile and to shard one by one. `settings` is plain data for config.json (system, data).
+    `data(step)` is the batch of an update, `config.batch` rows, a pure function of the step; the loop adds the step to
+    it, `batch["step"]`. `loss(batch, noise)` returns scalars: "loss" is minimised, those named by `config.parts` by
+    their own optimisers, the others are logged. Parameters with `requires_grad` False are left alone, and submodules
+    made only of such run in eval mode. `sample(step, folder)` is called in eval mode with the averaged weights, to
+    write pictures. `blocks(module)` are the submodules to compile and to shard one by one. `settings` is plain data for
+    config.json (system, data).
 
     Under torchrun every process calls this with the same arguments; rank 0 writes, samples and calls `on_step`. With
     `shard` all ranks sample, in step, and only rank 0's pictures are kept.
@@ -230,6 +183,7 @@ class _Run:
                     speed.add(time.perf_counter() - begun)
                     self._after(speed)
                 self._save()
+                self.ranks.barrier()  # the checkpoint is there when any rank returns
             except BaseException:
                 self._rescue()
                 raise
@@ -277,7 +231,8 @@ class _Run:
             noise = Noise(batches.seeds(self.config.seed, self.step, part).to(self.device))
             with distributed.quiet(self.loss, last=part is parts[-1]):
                 with self.precision.around():
-                    losses = self.loss(batches.take(batch, part, self.device), noise)
+                    taken = {"step": self.step, **batches.take(batch, part, self.device)}
+                    losses = self.loss(taken, noise)
                 wanted = [self._scalar(losses, optimizer.part.loss) for optimizer in self.optimizers]
                 (sum(wanted[1:], wanted[0]) * share).backward()
             for name in losses:
@@ -403,12 +358,6 @@ class _Run:
     def _seconds(self) -> float:
         """Training time of the whole run, earlier calls included."""
         return self.earlier + time.monotonic() - self.started
-
-
-def load_config(run: Path | str) -> tuple[FitConfig, dict[str, Any]]:
-    """The FitConfig of a run folder and the rest of its config.json."""
-    resolved = folder.read(run)
-    return from_dict(FitConfig, resolved.pop("fit")), resolved
 
 
 def _training_mode(module: nn.Module) -> None:
