@@ -95,6 +95,14 @@ def test_items_agree_with_each_other(emoji):
     assert 0.3 < (images != 255).any(1).float().mean() < 0.8  # neither empty nor full
 
 
+def test_twins_are_the_same_drawing(emoji):
+    twins = emoji.twins()
+    assert emoji.rows[twins[emoji.find("flag: Svalbard & Jan Mayen")]].name == "flag: Bouvet Island"
+    assert twins[emoji.find("snowboarder: dark skin tone")] == emoji.find("snowboarder")
+    assert torch.equal(twins[twins], twins) and (twins != torch.arange(len(emoji))).sum() == 14
+    assert torch.equal(emoji.all_images()[twins], emoji.all_images())
+
+
 def test_smaller_sizes_keep_the_mean_colour(emoji):
     small = load_emoji(24)
     assert small.all_images().shape[-1] == 24

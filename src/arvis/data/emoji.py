@@ -101,6 +101,11 @@ class Emoji:
             self._white = _on_white(self._rgba_NHWC[self._indices])
         return self._white
 
+    def twins(self) -> Tensor:
+        """For each picture the first that is the same to the pixel, int64 [N]: a drawing may stand under several names."""
+        first: dict[bytes, int] = {}
+        return torch.tensor([first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(self.all_images())])
+
     def split(self, which: str) -> Emoji:
         """The fixed split over compositions (see `heldout_names`): "train", "heldout", or "all" for both."""
         if which not in ("train", "heldout", "all"):
