@@ -19,7 +19,7 @@ ROOMS = (
     ("nn",),
     ("denoise", "sampling", "dist", "state"),
     ("quant", "tokenizers"),
-    ("next_token", "walk", "search", "speculative"),
+    ("next_token", "walk", "search", "speculative", "editing"),
     ("published", "weights"),
     ("training", "data", "evaluation"),
     ("systems",),
