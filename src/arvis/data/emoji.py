@@ -102,7 +102,7 @@ class Emoji:
         return self._white
 
     def twins(self) -> Tensor:
-        """For each picture the first that is the same to the pixel, int64 [N]: a drawing may stand under several names."""
+        """For each picture the first equal to it, int64 [N]: a drawing may stand under several names."""
         first: dict[bytes, int] = {}
         return torch.tensor([first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(self.all_images())])
 
