@@ -5,7 +5,6 @@ A run leaves the whole system in `run/model`, so that the next stage, sampling a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +16,16 @@ from arvis import systems
 from arvis.config import override, to_dict
 from arvis.data import open_data
 from arvis.data.batches import Batches, BatchesConfig
+from arvis.data.images import grid, save_image, to_bytes
+from arvis.evaluation.metrics import psnr
 from arvis.noise import Noise
 from arvis.training import checkpoint
 from arvis.training.fit import FitConfig, FitResult, fit
 from arvis.training.progress import OnStep
+from arvis.walk import finish, generate
 from arvis.weights import SAME_NAMES, load_official, read_pretrained, save_pretrained
 
 Stage = Literal["tokenizer", "generator"]
-
-Picture = Callable[[nn.Module, int, Path], None]
-"""(system, step, folder): draw what the system can do by now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class TrainRequest:
     resume: bool = False
 
 
-def train(request: TrainRequest, draw: Picture | None = None, on_step: OnStep | None = None) -> FitResult:
+def train(request: TrainRequest, on_step: OnStep | None = None) -> FitResult:
     """Train one stage of a system; `run/model` holds the whole system with the averaged weights afterwards."""
     slug, name, preset = systems.preset(request.name)
     config = override(preset.config(), list(request.set))
@@ -60,7 +59,7 @@ def train(request: TrainRequest, draw: Picture | None = None, on_step: OnStep | 
         raise ValueError("a generator is trained on the tokens of a trained tokenizer: give its folder with --init")
     data = open_data(request.data, request.size, request.fit.seed)
     batches = Batches(data, BatchesConfig(batch=request.fit.batch, seed=request.fit.seed))
-    stage = TokenizerStage(system, batches) if request.stage == "tokenizer" else GeneratorStage(system)
+    stage = TokenizerStage(system, batches) if request.stage == "tokenizer" else GeneratorStage(system, batches)
     result = fit(
         stage,
         stage.loss,
@@ -68,7 +67,7 @@ def train(request: TrainRequest, draw: Picture | None = None, on_step: OnStep | 
         request.fit,
         request.run,
         resume=request.resume,
-        sample=draw and (lambda step, folder: draw(system, step, folder)),
+        sample=stage.draw,
         on_step=on_step,
         settings={"system": slug, "preset": name, "data": request.data, "model": to_dict(config)},
         blocks=stage.blocks,
@@ -87,7 +86,7 @@ class TokenizerStage(nn.Module):
 
     def __init__(self, system: Any, batches: Batches) -> None:
         super().__init__()
-        self.tokenizer = system.tokenizer
+        self.tokenizer, self._shown = system.tokenizer, batches.batch_at(0)["image"][:12]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
@@ -109,13 +108,21 @@ class TokenizerStage(nn.Module):
         vq, psnr = quantized.losses["vq"], 10 * (4 / mse).log10()
         return {"loss": l1 + mse + edges + vq, "l1": l1, "mse": mse, "edges": edges, "vq": vq, "psnr": psnr, **usage}
 
+    def draw(self, step: int, folder: Path) -> None:
+        """Pictures of the first batch above their reconstructions."""
+        x = self._shown
+        layout = self.tokenizer.layout(tuple(x.shape[2:]))
+        pairs = torch.cat((x, self.tokenizer.decode(self.tokenizer.encode(x, layout), layout)))
+        save_image(grid(pairs, len(x)), folder / f"{step:06}.png")
+
 
 class GeneratorStage(nn.Module):
     """The system's own loss on the tokens of its frozen tokenizer."""
 
-    def __init__(self, system: Any) -> None:
+    def __init__(self, system: Any, batches: Batches) -> None:
         super().__init__()
-        self.system = system
+        self.system, first = system, batches.batch_at(0)
+        self._shown = {"prompt": first["prompt"][:12], "class_labels": first["class_labels"][:12]}
         system.tokenizer.requires_grad_(False)
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
@@ -123,3 +130,23 @@ class GeneratorStage(nn.Module):
 
     def loss(self, batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
         return self.system.loss(batch, noise)
+
+    def draw(self, step: int, folder: Path) -> None:
+        """A picture for each condition of the first batch."""
+        cond = self.system.prepare(self._shown)
+        noise = Noise.of(0, len(self._shown["prompt"]))
+        last = finish(generate(self.system, cond, self.system.Sampling(), noise))
+        save_image(grid(self.system.tokenizer.decode(last.tokens, last.layout), 6), folder / f"{step:06}.png")
+
+
+@torch.no_grad()
+def tokenizer_psnr(system: Any, data: str, size: int, most: int = 256) -> float:
+    """How well the tokenizer shows pictures of a data set: mean PSNR in dB of at most `most` of them."""
+    pictures = Batches(open_data(data, size), BatchesConfig(batch=1, shuffle=False))
+    values = []
+    for step in range(min(most, len(pictures.dataset))):
+        x = pictures.batch_at(step)["image"]
+        layout = system.tokenizer.layout()
+        y = system.tokenizer.decode(system.tokenizer.encode(x, layout), layout)
+        values.append(float(psnr(to_bytes(x), to_bytes(y))))
+    return sum(values) / len(values)

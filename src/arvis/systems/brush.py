@@ -39,6 +39,8 @@ class TextConditioner(nn.Module):
         self.start = nn.Linear(config.width, width)
         self.vector = nn.Linear(config.width, width)
 
+    conditions = ("prompt",)
+
     def prepare(self, request: dict[str, Any]) -> Cond:
         prompt = request.get("prompt")
         if prompt is None:
