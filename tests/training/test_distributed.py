@@ -64,6 +64,11 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     worker.train(tmp_path / "third", 5, resume=True, dropout=0.0)  # two ranks' shards continued by one process
     assert _distance(fifth, _weights(tmp_path / "third", 5)) < 1e-6
     for run in ("ddp", "fsdp"):
+        files = sorted((tmp_path / run / "samples").iterdir())
+        assert [file.name for file in files] == ["step-00000002.txt", "step-00000004.txt"]
+        for file in files:  # drawn from the averaged weights, gathered
+            drawn, expected = ([float(v) for v in (f.read_text().split())] for f in (file, one / "samples" / file.name))
+            assert drawn == pytest.approx(expected, abs=1e-6)
         assert [row["step"] for row in metrics.read(tmp_path / run)] == [1, 3, 5]
         for mine, theirs in zip(metrics.read(one), metrics.read(tmp_path / run), strict=True):
             assert all(abs(mine[name] - theirs[name]) < 1e-6 for name in ("loss", "loss_critic", "grad_norm", "size"))

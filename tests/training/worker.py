@@ -62,6 +62,7 @@ def config(steps: int, shard: bool = False) -> FitConfig:
         precision="float32",
         shard=shard,
         save_every=7,
+        sample_every=2,
         log_every=3,
     )
 
@@ -78,8 +79,14 @@ def train(run: Path, steps: int, resume: bool = False, shard: bool = False, drop
     torch.set_num_threads(1)
     try:
         module = toy(dropout)
+
+        def sample(step: int, folder: Path) -> None:
+            values = module.layers(torch.linspace(-1, 1, 6)) * module.scale
+            (folder / f"step-{step:08d}.txt").write_text(" ".join(str(v) for v in values.tolist()))
+
         blocks = lambda m: [m.layers[0], m.layers[3]]  # noqa: E731
-        return fit(module, module.loss, data, config(steps, shard), run, resume=resume, blocks=blocks)
+        settings = config(steps, shard)
+        return fit(module, module.loss, data, settings, run, resume=resume, sample=sample, blocks=blocks)
     finally:
         torch.set_num_threads(threads)
 
