@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from arvis import __version__, systems
-from arvis.config import ConfigError
+from arvis.config import from_dict, override
 
 Set = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]
 
@@ -96,7 +96,7 @@ def train(
         steps: Updates; the length of the schedule.
         minutes: Stop after this time, and save; --resume goes on.
         resume: Go on where the run in this folder stopped, by whatever.
-        set: Further settings: fit.lr=3e-4 fit.batch=32 model.scale.depth=6 size=64.
+        set: Further settings: fit.lr=3e-4 fit.batch=32 model.scale.depth=6 levels=4 size=64.
     """
     from arvis import recipes
     from arvis.training.fit import FitConfig
@@ -104,29 +104,18 @@ def train(
     _, _, preset = systems.preset(name)
     fit = {"steps": 1000, "batch": 64, **preset.training.get(stage, {})}
     fit |= {key: value for key, value in (("steps", steps), ("minutes", minutes)) if value is not None}
-    grouped: dict[str, list[str]] = {"fit": [], "model": [], "size": []}
-    for text in set:
-        head, _, rest = text.partition(".")
-        key = text.partition("=")[0]
-        if key == "size":
-            grouped["size"].append(text.partition("=")[2])
-        elif head in ("fit", "model") and rest:
-            grouped[head].append(rest)
-        else:
-            raise ConfigError(f"--set {text}: expected fit.KEY=VALUE, model.KEY=VALUE or size=PIXELS")
-    from arvis.config import from_dict, override
-
+    model = tuple(text.removeprefix("model.") for text in set if text.startswith("model."))
     request = recipes.TrainRequest(
         name=name,
         stage=stage,
         data=data,
         run=run,
-        fit=override(from_dict(FitConfig, fit), grouped["fit"]),
-        size=int(grouped["size"][-1]) if grouped["size"] else 64,
+        fit=from_dict(FitConfig, fit),
         init=init,
-        set=tuple(grouped["model"]),
+        set=model,
         resume=resume,
     )
+    request = override(request, [text for text in set if not text.startswith("model.")])
     _log_to_stderr()
     with _bar(total=request.fit.steps, unit="step") as bar:
 
@@ -394,7 +383,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _settings(texts: Sequence[str], loaded: Any) -> dict[str, Any]:
     """--set key=value as sampling settings, checked against the model's."""
-    from arvis.config import override, to_dict
+    from arvis.config import to_dict
 
     kind = loaded.sampling()
     changed = override(kind, list(texts))

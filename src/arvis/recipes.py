@@ -33,7 +33,8 @@ class TrainRequest:
     """What to train: one stage of the preset `name` on the data set `data`, for `fit`, in the run folder `run`.
 
     `init` is a folder with weights of the same system (the generator stage needs a trained tokenizer); `set` overrides
-    the preset ("scale.depth=4").
+    the preset ("scale.depth=4"). `levels` teaches a generator only so many coarse levels first, at a fraction of the
+    cost.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TrainRequest:
     run: Path
     fit: FitConfig
     size: int = 64
+    levels: int = 0
     init: Path | None = None
     set: tuple[str, ...] = ()
     resume: bool = False
@@ -59,7 +61,11 @@ def train(request: TrainRequest, on_step: OnStep | None = None) -> FitResult:
         raise ValueError("a generator is trained on the tokens of a trained tokenizer: give its folder with --init")
     data = open_data(request.data, request.size, request.fit.seed)
     batches = Batches(data, BatchesConfig(batch=request.fit.batch, seed=request.fit.seed))
-    stage = TokenizerStage(system, batches) if request.stage == "tokenizer" else GeneratorStage(system, batches)
+    stage = (
+        TokenizerStage(system, batches)
+        if request.stage == "tokenizer"
+        else GeneratorStage(system, batches, request.levels)
+    )
     result = fit(
         stage,
         stage.loss,
@@ -119,17 +125,18 @@ class TokenizerStage(nn.Module):
 class GeneratorStage(nn.Module):
     """The system's own loss on the tokens of its frozen tokenizer."""
 
-    def __init__(self, system: Any, batches: Batches) -> None:
+    def __init__(self, system: Any, batches: Batches, levels: int) -> None:
         super().__init__()
+        self.levels = levels
         self.system, first = system, batches.batch_at(0)
         self._shown = {"prompt": first["prompt"][:12], "class_labels": first["class_labels"][:12]}
         system.tokenizer.requires_grad_(False)
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
-        return list(self.system.transformer.trunk.blocks)
+        return [self.system.transformer]
 
     def loss(self, batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
-        return self.system.loss(batch, noise)
+        return self.system.loss({**batch, "levels": self.levels}, noise)
 
     def draw(self, step: int, folder: Path) -> None:
         """A picture for each condition of the first batch."""

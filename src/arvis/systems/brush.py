@@ -32,14 +32,14 @@ class BrushConfig:
 class TextConditioner(nn.Module):
     """Prompts as start row, modulation and cross-attention context; "no prompt" is the empty prompt."""
 
+    conditions = ("prompt",)
+
     def __init__(self, config: TextConfig, width: int) -> None:
         super().__init__()
         self.config = config
         self.encoder = TextEncoder(config)
         self.start = nn.Linear(config.width, width)
         self.vector = nn.Linear(config.width, width)
-
-    conditions = ("prompt",)
 
     def prepare(self, request: dict[str, Any]) -> Cond:
         prompt = request.get("prompt")

@@ -79,6 +79,8 @@ class Condition(NamedTuple):
 class ClassConditioner(nn.Module):
     """One learned row per class, and a last one for "no class"; it is the start row and the modulation at once."""
 
+    conditions = ("class_labels",)
+
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -187,6 +189,11 @@ class VAR(nn.Module):
         """The parts that official files hold."""
         return {"tokenizer": self.tokenizer, "transformer": self.transformer}
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names that `prepare` reads in a request."""
+        return self.transformer.conditioner.conditions
+
     def prepare(self, request: dict[str, Any]) -> Cond:
         return self.transformer.conditioner.prepare(request)
 
@@ -217,12 +224,9 @@ class VAR(nn.Module):
             cache={"trunk": Cache(items, layout.offsets[-2])},
             more={"f": self.tokenizer.start(items, layout), **c},
         )
-        for k in range(layout.K):  # a prefix of wholly given scales is committed; the next predict feeds it in one pass
+        for k in range(s.given_groups()):  # the next predict feeds them in one pass
             span = torch.arange(layout.offsets[k], layout.offsets[k + 1])[None]
-            pin = s.pin(span)
-            if pin is None or not bool(pin.mask.all()):
-                break
-            self.commit(s, Categorical(span, torch.empty(0)), pin.value)
+            self.commit(s, Categorical(span, torch.empty(0)), given.at(span).value)
         return s
 
     def predict(self, s: State) -> Dist:
@@ -252,27 +256,31 @@ class VAR(nn.Module):
     def teacher(self, tokens: Tensor, cond: Cond | None, layout: Layout | None = None) -> Categorical:
         """The distribution of every token given the true coarser scales, logits [B, N, 1, V]."""
         null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        return self._teacher(tokens, self.transformer.conditioner(cond, null), self._layout(layout))
+        layout = self._layout(layout)
+        return self._teacher(tokens, self.transformer.conditioner(cond, null), layout, layout.K)
 
-    def _teacher(self, tokens: Tensor, c: Condition, layout: Layout) -> Categorical:
-        x = self.tokenizer.inputs(tokens, layout, 0, layout.K)
-        h = self.transformer(c, x, 0, layout.K, self.see)
-        return Categorical(torch.arange(layout.n)[None], self.transformer.head(h, c.vector)[:, :, None])
+    def _teacher(self, tokens: Tensor, c: Condition, layout: Layout, last: int) -> Categorical:
+        x = self.tokenizer.inputs(tokens, layout, 0, last)
+        h = self.transformer(c, x, 0, last, self.see)
+        return Categorical(torch.arange(layout.offsets[last])[None], self.transformer.head(h, c.vector)[:, :, None])
 
     def loss(self, batch: dict[str, Any], noise: Source) -> dict[str, Tensor]:
         """Mean cross-entropy over all tokens of all scales, in nats; conditions are dropped with `label_drop`.
 
-        batch: "tokens" [B, N, 1], or "image" [B, 3, Y, X] in [-1, 1] to be encoded; and the conditions.
+        batch: "tokens" [B, N, 1], or "image" [B, 3, Y, X] in [-1, 1] to be encoded; and the conditions. With "levels"
+        only so many coarse scales are learned, at a fraction of the cost (progressive training).
         """
         layout = self._layout(None)
+        last = min(batch.get("levels") or layout.K, layout.K)
         with torch.no_grad():
             tokens = batch["tokens"] if "tokens" in batch else self.tokenizer.encode(batch["image"], layout)
         null = noise.uniform("drop", 0, ()).to(tokens.device) < self.transformer.config.label_drop
         c = self.transformer.conditioner(self.prepare(batch), null)
-        logits = self._teacher(tokens, c, layout).logits
+        tokens = tokens[:, : layout.offsets[last]]
+        logits = self._teacher(tokens, c, layout, last).logits
         nats = F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
         hit = (logits.detach().argmax(-1) == tokens)[..., 0].float()
-        per_scale = {f"nats_{k}": nats[:, layout.span(k)].mean().detach() for k in range(layout.K)}
+        per_scale = {f"nats_{k}": nats[:, layout.span(k)].mean().detach() for k in range(last)}
         return {"loss": nats.mean(), "accuracy": hit.mean(), **per_scale}
 
     def _layout(self, layout: Layout | None) -> Layout:
@@ -371,6 +379,8 @@ def _preset(depth: int, patch_nums: tuple[int, ...], shared: bool, adaln_init: f
         licence="MIT",
     )
 
+
+CONFIG = VARConfig
 
 PRESETS = {
     "var-d16": _preset(16, PATCH_NUMS_256, False, 1e-3),
