@@ -59,11 +59,12 @@ format: $(STAMP) ## let ruff fix what it can
 types: $(STAMP) ## pyright
 	$(BIN)/pyright
 
-check: $(STAMP) ## the laptop-scale claim of every system (long)
-	$(BIN)/arvis check
+check: $(STAMP) ## the laptop-scale claim of every system, or of SYSTEM=name (long)
+	@set -e; for system in $(or $(SYSTEM),$$($(BIN)/python -c 'import arvis; print(*arvis.list_systems())')); do \
+		echo "==> arvis check $$system"; $(BIN)/arvis check $$system; done
 
-bench: $(STAMP) ## speed of every system on this machine
-	$(BIN)/arvis bench
+bench: $(STAMP) ## speed of generation on this machine
+	$(BIN)/python scripts/bench.py
 
 pins: $(STAMP) ## rewrite constraints.txt from what the metadata resolves to
 	@mkdir -p build
