@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,10 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
     return z + (q - z).detach()
 
 
+Estimator = Callable[[Tensor, Tensor], Tensor]
+"""(z, q) -> the value of q with a gradient for z: `straight_through`, or `rotation.rotate_to`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
     """`size` codes of `width` channels; `beta` weighs the commitment term; `legacy_beta` puts it on the other one."""
@@ -79,9 +84,9 @@ def vq_stats(tokens: Tensor, size: int) -> dict[str, Tensor]:
 class VQ(nn.Module):
     """Nearest code in Euclidean distance, straight-through gradient (arXiv 1711.00937): [..., D] -> ids [..., 1]."""
 
-    def __init__(self, config: VQConfig) -> None:
+    def __init__(self, config: VQConfig, estimator: Estimator = straight_through) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.estimator = config, estimator
         self.embedding = nn.Embedding(config.size, config.width)
         nn.init.uniform_(self.embedding.weight, -1 / config.size, 1 / config.size)
 
@@ -100,7 +105,7 @@ class VQ(nn.Module):
         tokens = self.encode(z)
         q = self.codes(tokens)
         losses = vq_losses(z, q, self.config.beta, self.config.legacy_beta)
-        return Quantized(straight_through(z, q), tokens, losses, vq_stats(tokens, self.config.size))
+        return Quantized(self.estimator(z, q), tokens, losses, vq_stats(tokens, self.config.size))
 
 
 class CosineVQ(nn.Module):
@@ -109,9 +114,9 @@ class CosineVQ(nn.Module):
     [..., D] -> ids [..., 1]; the output is the unit code. The stored table is never renormalised, only on use.
     """
 
-    def __init__(self, config: VQConfig) -> None:
+    def __init__(self, config: VQConfig, estimator: Estimator = straight_through) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.estimator = config, estimator
         self.embedding = nn.Embedding(config.size, config.width)
         nn.init.uniform_(self.embedding.weight, -1 / config.size, 1 / config.size)
 
@@ -130,4 +135,4 @@ class CosineVQ(nn.Module):
         tokens = self.encode(u)
         q = self.codes(tokens)
         losses = vq_losses(u, q, self.config.beta, self.config.legacy_beta)
-        return Quantized(straight_through(u, q), tokens, losses, vq_stats(tokens, self.config.size))
+        return Quantized(self.estimator(u, q), tokens, losses, vq_stats(tokens, self.config.size))

@@ -1,0 +1,70 @@
+"""Finite scalar quantisation and the bins chosen after training."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from arvis.quant.scalar import FSQ, Bins, FSQConfig, gaussian_bins, lloyd_max, uniform_bins
+
+
+def test_values_and_ids_of_odd_and_even_levels():
+    fsq = FSQ(FSQConfig(levels=(5, 4, 2)))
+    extreme = fsq(torch.tensor([[9.0, 9, 9], [-9, -9, -9], [0, 0, 0]]))
+    assert extreme.values.tolist() == [[1, 0.5, 0], [-1, -1, -1], [0, 0, 0]]
+    assert extreme.tokens[:, 0].tolist() == [4 + 5 * 3 + 20 * 1, 0, 2 + 5 * 2 + 20 * 1]
+    assert fsq.sizes == (40,) and extreme.losses == {}
+
+
+def test_the_gradient_is_that_of_the_bounded_value():
+    fsq, z = FSQ(FSQConfig(levels=(8, 5))), torch.randn(30, 2, requires_grad=True, dtype=torch.float64)
+    g = torch.randn(30, 2, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((fsq(z).values * g).sum(), z)
+    (wanted,) = torch.autograd.grad((fsq.bound(z) / torch.tensor([4, 2]) * g).sum(), z)
+    assert torch.allclose(grad, wanted) and grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("levels", [(8, 8, 8, 5, 5, 5), (2, 2, 2, 2), (7, 5, 5, 5, 5)])
+def test_all_codes_of_published_levels(levels):
+    fsq = FSQ(FSQConfig(levels=levels))
+    tokens = torch.arange(fsq.sizes[0])[:, None]
+    assert torch.equal(fsq.encode(fsq.preimage(tokens)), tokens)
+    assert len(fsq.codes(tokens).unique(dim=0)) == fsq.sizes[0]
+
+
+def test_uniform_bins_follow_their_formula():
+    bins, x = uniform_bins(64, -5, 5, 4), torch.randn(2000, 4) * 3
+    step = 10 / 64
+    ids = ((x.double() + 5) / step).floor().clamp(0, 63).long()
+    assert torch.equal(bins.encode(x), ids)
+    assert torch.equal(bins.encode(torch.zeros(1, 4)), torch.full((1, 4), 32))  # a border belongs to the bin above
+    inside = (x.abs() < 5).all(1)
+    assert (bins(x).values - x)[inside].abs().max() <= step / 2 + 1e-6
+    assert torch.allclose(bins.codes(ids), (-5 + (ids + 0.5) * step).float())
+
+
+def test_gaussian_bins_have_equal_mass_but_not_the_least_error():
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(400_000, generator=g).clamp(-3, 3)
+    bins = gaussian_bins(64, -3, 3, 1)
+    ids = bins.encode(u[:, None])[:, 0]
+    mass = torch.bincount(ids, minlength=64) / len(u)
+    assert (mass * 64 - 1).abs().max() < 0.2
+    error = (bins.codes(ids[:, None])[:, 0] - u).square().mean().item()
+    assert abs(error / 0.0027 - 1) < 0.05
+    brute = (u[:1000, None] - bins.centres).abs().argmin(1)
+    assert torch.equal(ids[:1000], brute)
+    _, errors = lloyd_max(u[:100_000], 64, iterations=100)
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(errors))
+    assert errors[-1] < 0.0009 < error / 2
+
+
+def test_gaussian_bins_stretch_to_their_range():
+    wide, plain, x = gaussian_bins(64, -5, 5, 1), gaussian_bins(64, -3, 3, 1), torch.randn(500, 1)
+    assert torch.allclose(wide.centres, plain.centres * 5 / 3, atol=1e-6)
+    assert torch.equal(wide.encode(x * 5 / 3), plain.encode(x))
+
+
+def test_centres_must_ascend():
+    with pytest.raises(ValueError, match="ascend"):
+        Bins(torch.tensor([0.0, 2.0, 1.0]), 1)
