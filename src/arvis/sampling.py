@@ -94,5 +94,5 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 
 def lowest(score_Bn: Tensor, m: int) -> Tensor:
     """bool [B, n], True at the m lowest scores of each item (ties: the earlier position)."""
-    order = score_Bn.argsort(-1, stable=True)
+    order = score_Bn.argsort(dim=-1, stable=True)
     return torch.zeros_like(score_Bn, dtype=torch.bool).scatter(-1, order[..., :m], True)

@@ -97,6 +97,13 @@ class State:
         """The given tokens among positions `where`."""
         return None if self.given is None else self.given.at(where)
 
+    def given_groups(self) -> int:
+        """How many leading groups are wholly given in every item: a system may commit them at the start."""
+        k = 0
+        while self.given is not None and k < self.K and bool((self.given.mask | (self.group != k)).all()):
+            k += 1
+        return k
+
     def take_(self, rows: Tensor) -> State:
         """Gather items in place; a second copy of an item continues with noise of its own."""
         for f in fields(self):
@@ -166,6 +173,11 @@ class System(Protocol):
     tokenizer: Any
     Sampling: ClassVar[type]
     """Frozen dataclass of the official sampling settings; `Sampling.plain()` is the unguided, unfiltered law."""
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names that `prepare` reads in a request."""
+        ...
 
     def prepare(self, request: dict[str, Any]) -> Cond:
         """The conditions in a request or training batch ("class_labels", "prompt", ...) as tensors."""

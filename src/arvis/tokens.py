@@ -98,6 +98,12 @@ def pyramid(patch_nums: tuple[int, ...]) -> Layout:
     return Layout(tuple((p, p) for p in patch_nums))
 
 
+def at(x_BNS: Tensor, where: Tensor) -> Tensor:
+    """x at positions where [B|1, n]: [B, n, S]."""
+    where = where.to(x_BNS.device).expand(len(x_BNS), -1)
+    return x_BNS.gather(1, where[..., None].expand(-1, -1, x_BNS.shape[-1]))
+
+
 class Pin(NamedTuple):
     """Tokens that are given, not drawn: `mask` [B, n] bool (True = given), `value` [B, n, S]."""
 
@@ -109,6 +115,4 @@ class Pin(NamedTuple):
 
     def at(self, where: Tensor) -> Pin:
         """The pin restricted to positions `where` [B|1, n]."""
-        where = where.to(self.mask.device).expand(self.mask.shape[0], -1)
-        index = where[..., None].expand(-1, -1, self.value.shape[-1])
-        return Pin(self.mask.gather(1, where), self.value.gather(1, index))
+        return Pin(at(self.mask[..., None], where)[..., 0], at(self.value, where))

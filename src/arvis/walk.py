@@ -13,7 +13,7 @@ from torch import Tensor
 from arvis.denoise import Watch
 from arvis.noise import Source
 from arvis.state import Cond, State, System
-from arvis.tokens import Layout, Pin
+from arvis.tokens import Layout, Pin, at
 
 
 @dataclass
@@ -29,8 +29,9 @@ class Step:
 
 
 def walk(system: System, s: State, until: int | None = None, watch: Watch | None = None) -> Iterator[Step]:
-    """Decide group after group until the end (or until group `until`); stop iterating to cancel."""
-    while not bool(s.done.all()) and (until is None or s.at() < until):
+    """Decide group after group until the end (or until `until` groups are decided); stop iterating to cancel."""
+    goal = s.K if until is None else min(until, s.K)
+    while bool((s.k < goal).any()):
         before = s.known
         d = system.predict(s)
         x = d.sample(s.noise, s.pin(d.where), watch)
@@ -78,7 +79,7 @@ def likelihood(
     total = torch.zeros(len(s), dtype=torch.float64)
     while not bool(s.done.all()):
         d = system.predict(s)
-        x = tokens.gather(1, d.where.expand(len(s), -1)[..., None].expand(-1, -1, tokens.shape[-1]))
+        x = at(tokens, d.where)
         total += d.log_prob(x).sum(1).double().cpu()
         system.commit(s, d, x)
     return total

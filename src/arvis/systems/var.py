@@ -30,6 +30,7 @@ from arvis.state import Cond, State
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
 from arvis.tokens import Layout, Pin, Space, pyramid
+from arvis.weights import SAME_NAMES, Constant, Key, Rearrange
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -396,6 +397,68 @@ RESULTS = tuple(
     )
     for name, fid in (("var-d16", 3.55), ("var-d20", 2.95), ("var-d24", 2.33), ("var-d30", 1.97), ("var-d36", 2.63))
 )
+
+
+# -- official names -----------------------------------------------------------------------------------------------
+
+TOKENIZER_KEYS = (
+    Key("quantize.ema_vocab_hit_SV", "quantize.ema_vocab_hit_SV", optional=True),  # of another list where K differs
+    *SAME_NAMES,
+)
+
+TRANSFORMER_KEYS = (
+    Key("conditioner.embedding.weight", "class_emb.weight"),
+    Key("word.{p}", "word_embed.{p}"),
+    Key("start_position", "pos_start"),
+    Key("position", "pos_1LC"),
+    Key("level.weight", "lvl_embed.weight"),
+    Key("shared.{p}", "shared_ada_lin.1.{p}"),
+    Key("trunk.blocks.{i}.modulation.project.{p}", "blocks.{i}.ada_lin.1.{p}"),
+    Key("trunk.blocks.{i}.modulation.offset", "blocks.{i}.ada_gss", Rearrange("1 1 six c -> 1 six c")),
+    Key("trunk.blocks.{i}.attn.qkv.weight", "blocks.{i}.attn.mat_qkv.weight"),
+    Key("trunk.blocks.{i}.attn.q_bias", "blocks.{i}.attn.q_bias"),
+    Key("trunk.blocks.{i}.attn.v_bias", "blocks.{i}.attn.v_bias"),
+    Key(
+        (),
+        "blocks.{i}.attn.zero_k_bias",
+        Constant(torch.zeros_like),
+        like="trunk.blocks.{i}.attn.q_bias",
+    ),
+    Key(
+        "trunk.blocks.{i}.attn.temperature.log_scale",
+        "blocks.{i}.attn.scale_mul_1H11",
+        Rearrange("1 h 1 1 -> h 1 1"),
+    ),
+    Key("trunk.blocks.{i}.attn.out.{p}", "blocks.{i}.attn.proj.{p}"),
+    Key("trunk.blocks.{i}.ffn.up.{p}", "blocks.{i}.ffn.fc1.{p}"),
+    Key("trunk.blocks.{i}.ffn.down.{p}", "blocks.{i}.ffn.fc2.{p}"),
+    Key("head.project.{p}", "head_nm.ada_lin.1.{p}"),
+    Key("head.linear.{p}", "head.{p}"),
+)
+
+
+def scale_keys(layout: Layout, see: See = upto) -> tuple[Key, ...]:
+    """Two official buffers that hold what follows from the scales: the level of each token, and the additive mask."""
+    rows = Rows.of(layout.level_N)
+
+    def level(like: Tensor) -> Tensor:
+        return layout.level_N[None].to(like.device, torch.int64)
+
+    def bias(like: Tensor) -> Tensor:
+        visible = render(see, rows, rows)
+        out = like.new_zeros(1, 1, layout.n, layout.n)
+        return out if visible is None else out.masked_fill(~visible.to(like.device), float("-inf"))
+
+    return (
+        Key((), "lvl_1L", Constant(level), like="position"),
+        Key((), "attn_bias_for_masking", Constant(bias), like="position"),
+    )
+
+
+def keys(config: VARConfig) -> dict[str, tuple[Key, ...]]:
+    """The official names of every part of a VAR."""
+    scales = scale_keys(pyramid(config.tokenizer.patch_nums))
+    return {"tokenizer": TOKENIZER_KEYS, "transformer": (*TRANSFORMER_KEYS, *scales)}
 
 
 def tiny() -> VAR:
