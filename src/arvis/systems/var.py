@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ class ScaleTransformer(nn.Module):
 class VAR(nn.Module):
     """The three verbs over scales. `see` is the visibility between scales: `upto` for VAR."""
 
-    Sampling = VARSampling
+    Sampling: ClassVar[type] = VARSampling
 
     def __init__(self, tokenizer: PyramidVQ, transformer: ScaleTransformer, see: See = upto) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class VAR(nn.Module):
             self.commit(s, Categorical(span, torch.empty(0)), given.at(span).value)
         return s
 
-    def predict(self, s: State) -> Dist:
+    def predict(self, s: State) -> Categorical:
         k, layout, cache = s.at(), s.layout, s.cache["trunk"]
         cache.forget(k)
         first = layout.offsets.index(cache.end)  # scales first..k are pending
