@@ -177,6 +177,11 @@ class CNNDecoder(nn.Module):
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight that makes the colours, where the pulls of two losses can be compared."""
+        return self.conv_out.weight
+
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for stage in reversed(self.up):

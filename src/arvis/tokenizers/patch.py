@@ -120,6 +120,11 @@ class PatchDecoder(nn.Module):
         self.refine = nn.Conv2d(config.refine, config.refine, 3, padding=1)
         self.refine_colour = nn.Conv2d(config.refine, out, 3, padding=1)
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight that makes the colours, where the pulls of two losses can be compared."""
+        return self.colour.weight
+
     def forward(self, z: Tensor) -> Tensor:
         half = self.config.patch // 2
         h = self.unpatchify(self.grid(self.embed(rearrange(z, "b c h w -> b h w c"))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from arvis.noise import Noise
 from arvis.quant.usage import perplexity, used_by_average
 from arvis.tokenizers import PyramidVQ
 from arvis.tokens import Layout
+from arvis.training.adversarial import Adversary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,12 @@ class TokenizerLossConfig:
     """Weights of the terms, and when dead codes are revived.
 
     `l1`, `l2` compare pixels in [-1, 1], `edges` their differences along both axes, `vq` is the quantiser's own term;
-    `perceptual` and `adversarial` count only where their networks are given. Every `revive_every` updates (0: never)
-    codes with less than `revive_below` of the mean hits are set to vectors of the batch, until `revive_until` updates
-    are done (0: no end); averaged weights need the last part of a run without revivals.
+    `perceptual` and `adversarial` count only where their networks are given. `adaptive` scales the latter so that it
+    pulls as hard at the decoder's last layer as the pixel and perceptual terms do (VQGAN, arXiv 2012.09841).
+
+    Every `revive_every` updates (0: never) codes with less than `revive_below` of the mean hits are set to vectors of
+    the batch, until `revive_until` updates are done (0: no end): averaged weights need the last part of a run without
+    revivals.
     """
 
     l1: float = 1.0
@@ -31,17 +35,10 @@ class TokenizerLossConfig:
     vq: float = 1.0
     perceptual: float = 1.0
     adversarial: float = 0.5
+    adaptive: bool = False
     revive_every: int = 10
     revive_below: float = 0.05
     revive_until: int = 0
-
-
-class Adversary(Protocol):
-    """The two losses of a discriminator; each must leave the other side's parameters without gradient."""
-
-    def generator(self, fake: Tensor) -> Tensor: ...
-
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor: ...
 
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -78,17 +75,23 @@ def tokenizer_loss(
     if perceptual is not None:
         terms["perceptual"] = perceptual(y, x).mean()
     if adversary is not None:
-        terms["adversarial"] = adversary.generator(y)
-    out = {
-        "loss": sum((getattr(config, name) * term for name, term in terms.items()), torch.zeros((), device=x.device))
-    }
+        pulls = _total(config, {name: term for name, term in terms.items() if name != "vq"})
+        scaled = config.adaptive and y.requires_grad
+        terms["adversarial"] = adversary.generator(
+            y, updates, pulls if scaled else None, tokenizer.decoder.last_weight if scaled else None
+        )
+    out = {"loss": _total(config, terms)}
     if adversary is not None:
-        out["loss_adversary"] = adversary.discriminator(x, y.detach())
+        out["loss_adversary"] = adversary.discriminator(x, y.detach(), updates)
     if updates is not None:
         revived = tend_codebook(tokenizer, f.detach(), quantized.tokens, layout, noise, config, updates)
         terms["revived"] = torch.tensor(float(revived), device=x.device)
     terms["psnr"] = 10 * (4 / y.clamp(-1, 1).sub(x).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)).log10().mean()
     return out | {name: term.detach() for name, term in (terms | codebook_metrics(tokenizer)).items()}
+
+
+def _total(config: TokenizerLossConfig, terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack([getattr(config, name) * term for name, term in terms.items()]).sum()
 
 
 def tend_codebook(
