@@ -72,10 +72,16 @@ def finish(steps: Iterable[Step]) -> State:
 
 
 def likelihood(
-    system: System, tokens: Tensor, cond: Cond | None, noise: Source, layout: Layout | None = None
+    system: System,
+    tokens: Tensor,
+    cond: Cond | None,
+    noise: Source,
+    layout: Layout | None = None,
+    sampling: Any = None,
 ) -> Tensor:
-    """log p(tokens | cond) in nats [B] under the unguided, unfiltered law, walking the system's own order."""
-    s = system.start(cond, system.Sampling.plain(), noise, layout)
+    """log p(tokens | cond) in nats [B], walking the system's own order: of the law under some sampling settings, by
+    default the unguided, unfiltered one."""
+    s = system.start(cond, system.Sampling.plain() if sampling is None else sampling, noise, layout)
     total = torch.zeros(len(s), dtype=torch.float64)
     while not bool(s.done.all()):
         d = system.predict(s)

@@ -75,6 +75,7 @@ class Toy(nn.Module):
     """Label table (the last row is "no label"), trunk, and the part of `start` that is the same everywhere."""
 
     Sampling = ToySampling
+    conditions = ("class_labels",)
 
     def __init__(self, space: Space, layout: Layout, width: int = 8, depth: int = 2) -> None:
         super().__init__()
