@@ -118,7 +118,7 @@ class _Run:
         main = Part(
             names=(), loss="loss", lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, clip=config.clip
         )
-        self.optimizers = optimizers.build(module, main, config.parts, config.no_decay)
+        self.optimizers = optimizers.build(module, main, config.parts, config.no_decay, config.muon)
         self.average = ema.start(self.optimizers[0].named) if config.ema else {}
         self.window = metrics.Window()
         self.best: dict[str, float] = {}

@@ -20,6 +20,7 @@ class FitConfig:
     factor of the learning rate) are those of `schedule.factor`; weight decay goes to `weight_decay_final` by a cosine,
     and skips 1-d parameters and names holding a fragment of `no_decay`. `clip` and `ema` are off at 0. `minutes` only
     stops this call early (and saves): the schedule stays a function of the step. `parts` are further optimisers.
+    Matrices whose names hold a fragment of `muon` are updated by Muon instead of AdamW.
     `shard` splits the parameters over torchrun's processes (FSDP2) instead of copying them (DDP).
     """
 
@@ -30,6 +31,7 @@ class FitConfig:
     weight_decay: float = 0.05
     weight_decay_final: float | None = None
     no_decay: tuple[str, ...] = ()
+    muon: tuple[str, ...] = ()
     warmup: int = 0
     schedule: schedule.Schedule = "lin0"
     final: float = 0.01
