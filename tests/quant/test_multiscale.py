@@ -39,6 +39,11 @@ def test_which_convolution_a_level_uses(levels, table):
     assert [phi_index(k, levels, 4) for k in range(levels)] == table
 
 
+@pytest.mark.parametrize("levels", range(1, 16))
+def test_as_many_convolutions_as_levels_are_taken_in_order(levels):
+    assert [phi_index(k, levels, levels) for k in range(levels)] == list(range(levels))
+
+
 @pytest.mark.parametrize("shares", [0, 1, 2, 4, 5])
 def test_names_of_the_convolutions(shares):
     quantizer = make(shares=shares)

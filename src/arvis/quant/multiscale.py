@@ -130,8 +130,7 @@ class OwnPhi(nn.ModuleList):
     """One convolution for each level of the configuration; other lists share them by relative position."""
 
     def pick(self, k: int, levels: int) -> nn.Module:
-        at = k if levels == len(self) else round(k * (len(self) - 1) / max(levels - 1, 1))
-        return self[at]
+        return self[phi_index(k, levels, len(self))]
 
 
 @dataclass(frozen=True, kw_only=True)
