@@ -23,7 +23,7 @@ Set = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]
 def generate(
     prompt: Positional[str],
     /,
-    model: str = "brush",
+    model: str = systems.DEFAULT,
     n: Annotated[int, arg(aliases=["-n"])] = 1,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out.png"),
     seed: int = 0,
@@ -131,7 +131,7 @@ def train(
 def finetune(
     folder: Positional[Path],
     /,
-    model: str = "brush",
+    model: str = systems.DEFAULT,
     run: Path = Path("runs/finetune"),
     steps: int = 500,
     minutes: float | None = None,
@@ -168,7 +168,7 @@ def finetune(
 def reconstruct(
     pictures: Positional[tuple[Path, ...]],
     /,
-    model: str = "brush",
+    model: str = systems.DEFAULT,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out.png"),
 ) -> None:
     """Show what a model's tokenizer keeps of pictures: originals above, reconstructions below.
@@ -196,7 +196,7 @@ def reconstruct(
 def evaluate(
     what: Positional[Literal["emoji"]] = "emoji",
     /,
-    model: str = "brush",
+    model: str = systems.DEFAULT,
     out: Path = Path("evaluation"),
     seed: int = 0,
     quick: bool = False,

@@ -5,7 +5,7 @@ A run leaves the whole system in `run/model`, so that the next stage, sampling a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,14 @@ from arvis.config import override, to_dict
 from arvis.data import open_data
 from arvis.data.batches import Batches, BatchesConfig
 from arvis.data.images import grid, save_image, to_bytes
-from arvis.evaluation.metrics import psnr
 from arvis.noise import Noise
-from arvis.training import checkpoint
+from arvis.training import checkpoint, distributed
+from arvis.training.adversarial import Adversary, AdversaryConfig
 from arvis.training.fit import FitConfig, FitResult, fit
+from arvis.training.optimizers import Part
+from arvis.training.perceptual import perceptual
 from arvis.training.progress import OnStep
+from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
 from arvis.walk import finish, generate
 from arvis.weights import SAME_NAMES, load_official, read_pretrained, save_pretrained
 
@@ -44,6 +47,9 @@ class TrainRequest:
     fit: FitConfig
     size: int = 64
     levels: int = 0
+    loss: TokenizerLossConfig = field(default_factory=lambda: TokenizerLossConfig(edges=1.0))
+    lpips: tuple[str, ...] = ()
+    gan_start: int = -1
     init: Path | None = None
     set: tuple[str, ...] = ()
     resume: bool = False
@@ -53,24 +59,15 @@ def train(request: TrainRequest, on_step: OnStep | None = None) -> FitResult:
     """Train one stage of a system; `run/model` holds the whole system with the averaged weights afterwards."""
     slug, name, preset = systems.preset(request.name)
     config = override(preset.config(), list(request.set))
-    torch.manual_seed(request.fit.seed)
-    system = systems.system(slug).build(config)
-    if request.init is not None:
-        load_official(system, SAME_NAMES, read_pretrained(request.init).tensors, source=str(request.init))
-    elif request.stage == "generator":
-        raise ValueError("a generator is trained on the tokens of a trained tokenizer: give its folder with --init")
     data = open_data(request.data, request.size, request.fit.seed)
     batches = Batches(data, BatchesConfig(batch=request.fit.batch, seed=request.fit.seed))
-    stage = (
-        TokenizerStage(system, batches)
-        if request.stage == "tokenizer"
-        else GeneratorStage(system, batches, request.levels)
-    )
+    ranks = distributed.init()
+    stage = _stage(request, slug, config, batches)
     result = fit(
         stage,
         stage.loss,
         batches,
-        request.fit,
+        replace(request.fit, parts=stage.parts),
         request.run,
         resume=request.resume,
         sample=stage.draw,
@@ -78,41 +75,57 @@ def train(request: TrainRequest, on_step: OnStep | None = None) -> FitResult:
         settings={"system": slug, "preset": name, "data": request.data, "model": to_dict(config)},
         blocks=stage.blocks,
     )
-    found = checkpoint.load(result.checkpoint)
-    checkpoint.assign(
-        stage, {**found.model, **{n: v.to(found.model[n].dtype) for n, v in found.ema.items()}}, found.path
-    )
-    source = {"trained_by": "arvis", "data": request.data, "steps": result.step, "licence": preset.licence}
-    save_pretrained(system, to_dict(config), request.run / "model", system=slug, source=source)
+    if ranks.first:
+        trained, found = _stage(request, slug, config, batches), checkpoint.load(result.checkpoint)
+        checkpoint.assign(trained, {**found.model, **found.ema}, found.path)
+        source = {"trained_by": "arvis", "data": request.data, "steps": result.step, "licence": preset.licence}
+        save_pretrained(trained.system, to_dict(config), request.run / "model", system=slug, source=source)
+    ranks.barrier()
     return result
 
 
-class TokenizerStage(nn.Module):
-    """Reconstruction and quantiser terms of a pyramid tokenizer, with usage records and dead-code revival."""
+def _stage(request: TrainRequest, slug: str, config: Any, batches: Batches) -> TokenizerStage | GeneratorStage:
+    """The module to train, from `init` or fresh."""
+    torch.manual_seed(request.fit.seed)
+    system = systems.system(slug).build(config)
+    if request.init is not None:
+        load_official(system, SAME_NAMES, read_pretrained(request.init).tensors, source=str(request.init))
+    if request.stage == "tokenizer":
+        return TokenizerStage(system, batches, request)
+    if request.init is None:
+        raise ValueError("a generator is trained on the tokens of a trained tokenizer: give its folder with --init")
+    return GeneratorStage(system, batches, request)
 
-    def __init__(self, system: Any, batches: Batches) -> None:
+
+class TokenizerStage(nn.Module):
+    """Reconstruction of pictures: pixel, quantiser, perceptual and adversarial terms, with codebook upkeep."""
+
+    def __init__(self, system: Any, batches: Batches, request: TrainRequest) -> None:
         super().__init__()
-        self.tokenizer, self._shown = system.tokenizer, batches.batch_at(0)["image"][:12]
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.tokenizer, self._system, first = system.tokenizer, [system], batches.batch_at(0)["image"]
+        self.adversary = Adversary(AdversaryConfig(start=request.gan_start)) if request.gan_start >= 0 else None
+        self.parts = (Part(names=("adversary.",), loss="loss_adversary"),) if self.adversary else ()
+        self._config, self._shown = request.loss, first[:12]
+        if request.init is None:
+            with torch.no_grad():
+                self.tokenizer.quantize.init_(
+                    self.tokenizer.features(first),
+                    self.tokenizer.layout(tuple(first.shape[2:])),
+                    Noise.of(request.fit.seed),
+                )
+        self._perceptual = [perceptual(request.lpips)] if request.lpips else []  # in a list: no part of checkpoints
+
+    @property
+    def system(self) -> Any:
+        """The whole system; only its tokenizer is part of this module."""
+        return self._system[0]
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         return [self.tokenizer.encoder, self.tokenizer.decoder]
 
     def loss(self, batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
-        x, tokenizer, step = batch["image"], self.tokenizer, int(self.updates)
-        layout = tokenizer.layout(tuple(x.shape[2:]))
-        f = tokenizer.features(x)
-        quantized = tokenizer.quantize(f, layout)
-        y = tokenizer.reconstruct(quantized.values)
-        tokenizer.quantize.record_(quantized.tokens, layout, step)
-        if step % 10 == 9:
-            tokenizer.quantize.revive_(f.detach(), layout, noise, step)
-        self.updates += 1
-        l1, mse = (y - x).abs().mean(), (y - x).square().mean()
-        edges = (y - x).diff(dim=2).abs().mean() + (y - x).diff(dim=3).abs().mean()
-        usage = {f"usage_{k}": share for k, share in enumerate(quantized.stats["usage"])}
-        vq, psnr = quantized.losses["vq"], 10 * (4 / mse).log10()
-        return {"loss": l1 + mse + edges + vq, "l1": l1, "mse": mse, "edges": edges, "vq": vq, "psnr": psnr, **usage}
+        measure = next(iter(self._perceptual), None)
+        return tokenizer_loss(self.tokenizer, batch, noise, self._config, batch["step"], measure, self.adversary)
 
     def draw(self, step: int, folder: Path) -> None:
         """Pictures of the first batch above their reconstructions."""
@@ -125,9 +138,11 @@ class TokenizerStage(nn.Module):
 class GeneratorStage(nn.Module):
     """The system's own loss on the tokens of its frozen tokenizer."""
 
-    def __init__(self, system: Any, batches: Batches, levels: int) -> None:
+    parts: tuple[Part, ...] = ()
+
+    def __init__(self, system: Any, batches: Batches, request: TrainRequest) -> None:
         super().__init__()
-        self.levels = levels
+        self.levels = request.levels
         self.system, first = system, batches.batch_at(0)
         self._shown = {"prompt": first["prompt"][:12], "class_labels": first["class_labels"][:12]}
         system.tokenizer.requires_grad_(False)
@@ -149,6 +164,8 @@ class GeneratorStage(nn.Module):
 @torch.no_grad()
 def tokenizer_psnr(system: Any, data: str, size: int, most: int = 256) -> float:
     """How well the tokenizer shows pictures of a data set: mean PSNR in dB of at most `most` of them."""
+    from arvis.evaluation.metrics import psnr
+
     pictures = Batches(open_data(data, size), BatchesConfig(batch=1, shuffle=False))
     values = []
     for step in range(min(most, len(pictures.dataset))):

@@ -25,6 +25,9 @@ SYSTEMS: dict[str, Row] = {
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
 }
 
+DEFAULT = "brush"
+"""The model that ships with the package."""
+
 
 def system(slug: str) -> ModuleType:
     """The module of a registered system; KeyError naming the nearest ones otherwise."""
