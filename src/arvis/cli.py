@@ -295,7 +295,7 @@ def check(slug: Positional[str], /, mutants: bool = False) -> None:
     systems.system(slug)
     _log_to_stderr()
     with _bar(total=None, unit="step") as bar:
-        claims = checks.run(slug, mutants=mutants, on_step=lambda: bar.update(1))
+        claims = checks.run(slug, mutants, bar.update)
     for claim in claims:
         print(claim)
     sys.exit(0 if all(claim.ok for claim in claims) else 1)
