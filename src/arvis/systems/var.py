@@ -373,22 +373,55 @@ _REPO = "FoundationVision/var"
 _TOKENIZER = File(repo=_REPO, name="vae_ch160v4096z32.pth")
 
 
-def _preset(depth: int, patch_nums: tuple[int, ...], shared: bool, adaln_init: float) -> Preset:
+NO_DECAY = ("start_position", "position", "level", "offset", "log_scale")
+"""What the official optimiser does not decay, beside biases and other 1-d tensors."""
+
+
+def _preset(
+    depth: int,
+    patch_nums: tuple[int, ...],
+    adaln_init: float,
+    *,
+    epochs: int,
+    batch: int,
+    base_lr: float,
+    final: float,
+    decay_final: float | None = None,
+    shared: bool = False,
+) -> Preset:
+    """A published size; `epochs` of ImageNet at lr `base_lr` per 256 rows make its official training schedule."""
+    steps = epochs * (1_281_167 // batch)
     return Preset(
         config=lambda: preset(depth, patch_nums, shared, adaln_init),
         files={"tokenizer": _TOKENIZER, "transformer": File(repo=_REPO, name=f"var_d{depth}.pth")},
         licence="MIT",
+        training={
+            "generator": {
+                "steps": steps,
+                "batch": batch,
+                "lr": base_lr * batch / 256,
+                "warmup": steps // 50,
+                "schedule": "lin0",
+                "final": final,
+                "weight_decay": 0.05,
+                "weight_decay_final": decay_final,
+                "clip": 2.0,
+                "no_decay": NO_DECAY,
+            }
+        },
     )
 
 
 CONFIG = VARConfig
 
 PRESETS = {
-    "var-d16": _preset(16, PATCH_NUMS_256, False, 1e-3),
-    "var-d20": _preset(20, PATCH_NUMS_256, False, 1e-3),
-    "var-d24": _preset(24, PATCH_NUMS_256, False, 1e-4),
-    "var-d30": _preset(30, PATCH_NUMS_256, False, 1e-5),
-    "var-d36": _preset(36, PATCH_NUMS_512, True, 5e-6),
+    "var-d16": _preset(16, PATCH_NUMS_256, 1e-3, epochs=200, batch=768, base_lr=1e-4, final=0.1),
+    "var-d20": _preset(20, PATCH_NUMS_256, 1e-3, epochs=250, batch=768, base_lr=1e-4, final=0.1),
+    "var-d24": _preset(24, PATCH_NUMS_256, 1e-4, epochs=350, batch=768, base_lr=8e-5, final=0.01),
+    "var-d30": _preset(30, PATCH_NUMS_256, 1e-5, epochs=350, batch=1024, base_lr=8e-5, final=0.01, decay_final=0.08),
+    "var-d36": _preset(
+        36, PATCH_NUMS_512, 5e-6, epochs=350, batch=768, base_lr=8e-5, final=0.01, decay_final=0.08, shared=True
+    ),
 }
 
 RESULTS = tuple(
