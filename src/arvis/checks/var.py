@@ -1,0 +1,304 @@
+"""VAR learns to draw digits: 1,500 real ones, both stages, some minutes on one core.
+
+The claims: sampling with the cache is the model that was trained; every scale adds what the coarser ones left out; the
+class is what is drawn, and without a class it is not; the official sizes have the official numbers of parameters.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.noise import Noise
+from arvis.rows import Rows, same
+from arvis.state import State
+from arvis.systems.var import PRESETS, VAR, VARConfig, VARSampling, build
+from arvis.tokenizers.cnn import CNNConfig
+from arvis.tokenizers.pyramid import PyramidVQConfig
+from arvis.training.fit import FitConfig, fit
+from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
+from arvis.walk import finish, generate
+
+PARAMETERS = {
+    "var-d16": 310_283_520,
+    "var-d20": 600_917_136,
+    "var-d24": 1_033_399_360,
+    "var-d30": 2_010_020_356,
+    "var-d36": 2_353_893_904,
+}
+"""Of the official transformers."""
+
+CLASSES = 10
+
+
+class Digits(NamedTuple):
+    """Images [n, 3, 32, 32] in [-1, 1] and labels [n]; nobody who trains sees the test part."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def recognised(self, images: Tensor, labels: Tensor, neighbours: int = 5) -> float:
+        """The share of images that a vote of the nearest real training images takes for their label."""
+        distance = torch.cdist(images.mean(1).flatten(1), self.images.mean(1).flatten(1))
+        votes = self.labels[distance.topk(neighbours, largest=False).indices]
+        return float((votes.mode(1).values == labels).float().mean())
+
+
+@dataclass
+class Trained:
+    """What is examined."""
+
+    system: VAR
+    digits: Digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """Updates of each stage; more of the second only learns the 1,500 digits by heart."""
+
+    tokenizer: int = 450
+    transformer: int = 300
+
+
+@cache
+def digits() -> Digits:
+    """The digits that come with scikit-learn; 1,500 to train, 297 to test."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'arvis[dev]'") from error
+    found: Any = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    small = torch.from_numpy(found.images).float()[order, None] / 8 - 1
+    images = F.interpolate(small, size=32, mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+    labels = torch.from_numpy(found.target).long()[order]
+    return Digits(images[:1500], labels[:1500], images[1500:], labels[1500:])
+
+
+def config() -> VARConfig:
+    """32x32 pixels, 4x4 cells at the last of four scales: 30 tokens."""
+    cnn = CNNConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=16)
+    tokenizer = PyramidVQConfig(patch_nums=(1, 2, 3, 4), vocab_size=128, z_channels=16, cnn=cnn)
+    return VARConfig(tokenizer=tokenizer, depth=4, width=128, heads=4, num_classes=CLASSES)
+
+
+def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None) -> Trained:
+    """Tokenizer, then transformer, in run folders that are gone afterwards."""
+    data = digits() if data is None else data
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        system = build(config())
+    with tempfile.TemporaryDirectory(prefix="arvis-check-") as folder:
+        _train_tokenizer(system, data, length.tokenizer, Path(folder) / "tokenizer", on_step)
+        _train_transformer(system, data, length.transformer, Path(folder) / "transformer", on_step)
+    return Trained(system.eval(), data)
+
+
+def _train_tokenizer(system: VAR, data: Digits, steps: int, run: Path, on_step: OnStep) -> None:
+    tokenizer = system.tokenizer
+    with torch.no_grad():
+        first = tokenizer.features(data.images[:256])
+        tokenizer.quantize.init_(first, tokenizer.layout(), Noise.of(0))
+    terms = TokenizerLossConfig(l1=0.0, l2=1.0, vq=1.0, revive_every=0)
+    fit(
+        tokenizer,
+        lambda batch, noise: tokenizer_loss(tokenizer, batch, noise, terms, updates=batch["step"]),
+        lambda step: {"image": data.images[_rows(step, 32, data)]},
+        FitConfig(
+            steps=steps,
+            batch=32,
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+            schedule="constant",
+            clip=0.0,
+            precision="float32",
+        ),
+        run,
+        on_step=lambda info: on_step(),
+    )
+    tokenizer.eval().requires_grad_(False)
+
+
+def _train_transformer(system: VAR, data: Digits, steps: int, run: Path, on_step: OnStep) -> None:
+    tokens = system.tokenizer.encode(data.images)
+
+    def batch(step: int) -> dict[str, Any]:
+        rows = _rows(step, 64, data)
+        return {"tokens": tokens[rows], "class_labels": data.labels[rows]}
+
+    fit(
+        system.transformer,
+        system.loss,
+        batch,
+        FitConfig(steps=steps, batch=64, lr=2e-3, schedule="constant", precision="float32"),
+        run,
+        on_step=lambda info: on_step(),
+    )
+
+
+def _rows(step: int, batch: int, data: Digits) -> Tensor:
+    return (Noise.of(1, batch).uniform("rows", step, ()) * len(data.images)).long()
+
+
+# -- the claims -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def examine(trained: Trained) -> list[Claim]:
+    """The sheet's five conditions, in its order."""
+    system, data = trained.system, trained.digits
+    return [
+        cached(system),
+        *residual(system, data),
+        conditioned(system, data),
+        *recognised(system, data),
+        *parameters(),
+    ]
+
+
+def cached(system: VAR) -> Claim:
+    """Logits of a sampled sequence, step by step over the cache, against one masked pass over the same tokens."""
+    cond = system.prepare({"class_labels": torch.arange(2 * CLASSES) % CLASSES})
+    s, logits = system.start(cond, VARSampling.plain(), Noise.of(2, 2 * CLASSES)), []
+    while not bool(s.done.all()):
+        d = system.predict(s)
+        logits.append(d.logits)
+        system.commit(s, d, d.sample(s.noise))
+    gap = (torch.cat(logits, 1) - system.teacher(s.tokens, cond).logits).abs().max()
+    return at_most("largest difference of cached and one-pass logits", float(gap), 1e-4)
+
+
+def residual(system: VAR, data: Digits) -> list[Claim]:
+    """The error of the reconstructed features after the last scale, against that after the first."""
+    f = system.tokenizer.features(data.test_images)
+    layout = system.tokenizer.layout()
+    fhats = system.tokenizer.fhats(system.tokenizer.encode(data.test_images), layout)
+    first, last = ((fhat - f).square().mean((1, 2, 3)) for fhat in (fhats[0], fhats[-1]))
+    return [
+        at_least("share of test digits whose features get closer by the finer scales", _mean(last < first), 0.99),
+        at_most(
+            "error of the features after the last scale, as a part of that after the first",
+            _mean(last) / _mean(first),
+            0.5,
+        ),
+    ]
+
+
+def conditioned(system: VAR, data: Digits) -> Claim:
+    """How much worse unseen digits are predicted under wrong labels."""
+    tokens, labels = system.tokenizer.encode(data.test_images), data.test_labels
+    wrong = (labels + 1 + torch.arange(len(labels)) % (CLASSES - 1)) % CLASSES
+    right, other = (
+        -_mean(system.teacher(tokens, system.prepare({"class_labels": y})).log_prob(tokens)) for y in (labels, wrong)
+    )
+    return at_least("nats per token that a wrong class costs on test digits", other - right, 1.0)
+
+
+def recognised(system: VAR, data: Digits, each: int = 20) -> list[Claim]:
+    """Drawn digits are taken for their class by their nearest real neighbours, and without a class are not."""
+    labels = torch.arange(CLASSES).repeat(each)
+    found = []
+    for given in (labels, torch.full_like(labels, CLASSES)):
+        sampling = VARSampling(cfg_scale=2.0, top_k=0, top_p=0.95)
+        cond = system.prepare({"class_labels": given})
+        tokens = finish(generate(system, cond, sampling, Noise.of(3, len(labels)))).tokens
+        found.append(data.recognised(system.tokenizer.decode(tokens), labels))
+    return [
+        at_least("share of drawn digits recognised as their class", found[0], 0.85),
+        at_most("share recognised as that class when none was given", found[1], 0.25),
+    ]
+
+
+@cache
+def parameters() -> tuple[Claim, ...]:
+    """The official sizes, counted without memory for them."""
+    claims = []
+    for name, count in PARAMETERS.items():
+        with torch.device("meta"):
+            transformer = build(PRESETS[name].config()).transformer
+        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
+    return tuple(claims)
+
+
+def _mean(x: Tensor) -> float:
+    return float(x.double().mean())
+
+
+# -- broken on purpose ------------------------------------------------------------------------------------------------
+
+
+def zero_head(trained: Trained) -> None:
+    """Every code is as likely as any other."""
+    for name in ("weight", "bias"):
+        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
+
+
+def ignore_condition(trained: Trained) -> None:
+    """Every class has the row of "no class"."""
+    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
+    rows.copy_(rows[-1].clone())
+
+
+def ignore_mask(trained: Trained) -> None:
+    """In one pass every scale sees the finer ones."""
+    trained.system.see = _everything
+
+
+def _everything(q: Rows, k: Rows) -> Tensor:
+    return (k.step <= q.step) | (k.step > q.step)
+
+
+def forget_cache(trained: Trained) -> None:
+    """While sampling, a scale sees itself alone."""
+    transformer = trained.system.transformer
+    forward = transformer.forward
+    transformer.forward = lambda c, x_BNC, first, last, see, cache=None: forward(
+        c, x_BNC, first, last, see if cache is None else same, cache
+    )
+
+
+def drop_residual(trained: Trained) -> None:
+    """Each scale replaces the sum instead of adding to it."""
+    tokenizer = trained.system.tokenizer
+    tokenizer.accumulate_soft = lambda f, h_BnC, k, layout: tokenizer.quantize.spread(h_BnC, k, layout)
+
+
+def reverse_order(trained: Trained) -> None:
+    """The tokens of a scale are laid out from its end to its beginning."""
+    tokenizer = trained.system.tokenizer
+    tokenizer.embed = lambda tokens_BnS: tokenizer.quantize.embedding(tokens_BnS[..., 0].flip(1))
+
+
+def swap_guidance(trained: Trained) -> None:
+    """Guidance leads away from the condition."""
+    system = trained.system
+    start = system.start
+
+    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> State:
+        s = start(cond, sampling, noise, layout, given)
+        s.weights = s.weights.flip(-1)
+        return s
+
+    system.start = swapped
+
+
+MUTANTS = {
+    "zeroed head": zero_head,
+    "ignored condition": ignore_condition,
+    "ignored mask": ignore_mask,
+    "forgotten cache": forget_cache,
+    "no residual": drop_residual,
+    "wrong order": reverse_order,
+    "swapped guidance": swap_guidance,
+}
