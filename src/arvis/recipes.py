@@ -36,8 +36,11 @@ class TrainRequest:
     """What to train: one stage of the preset `name` on the data set `data`, for `fit`, in the run folder `run`.
 
     `init` is a folder with weights of the same system (the generator stage needs a trained tokenizer); `set` overrides
-    the preset ("scale.depth=4"). `levels` teaches a generator only so many coarse levels first, at a fraction of the
-    cost.
+    the preset ("scale.depth=4"). `tokenizer` is a folder whose tokenizer replaces the one in `init`; parameters whose
+    names hold a fragment of `freeze` are not trained ("encoder", "quant": a better decoder for the same tokens).
+
+    `levels` teaches a generator only so many coarse levels first, at a fraction of the cost. A tokenizer is trained with
+    the terms of `loss`: LPIPS where its weight files are in `lpips`, a PatchGAN from step `gan_start` on (-1: none).
     """
 
     name: str
@@ -46,6 +49,8 @@ class TrainRequest:
     run: Path
     fit: FitConfig
     size: int = 64
+    tokenizer: str = ""
+    freeze: tuple[str, ...] = ()
     levels: int = 0
     loss: TokenizerLossConfig = field(default_factory=lambda: TokenizerLossConfig(edges=1.0))
     lpips: tuple[str, ...] = ()
@@ -90,6 +95,12 @@ def _stage(request: TrainRequest, slug: str, config: Any, batches: Batches) -> T
     system = systems.system(slug).build(config)
     if request.init is not None:
         load_official(system, SAME_NAMES, read_pretrained(request.init).tensors, source=str(request.init))
+    if request.tokenizer:
+        found = read_pretrained(request.tokenizer).tensors
+        own = {n.removeprefix("tokenizer."): t for n, t in found.items() if n.startswith("tokenizer.")}
+        load_official(system.tokenizer, SAME_NAMES, own, source=request.tokenizer)
+    for parameter_name, parameter in system.named_parameters():
+        parameter.requires_grad_(not any(fragment in parameter_name for fragment in request.freeze))
     if request.stage == "tokenizer":
         return TokenizerStage(system, batches, request)
     if request.init is None:
