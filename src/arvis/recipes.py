@@ -39,7 +39,7 @@ class TrainRequest:
     the preset ("scale.depth=4"). `tokenizer` is a folder whose tokenizer replaces the one in `init`; parameters whose
     names hold a fragment of `freeze` are not trained ("encoder", "quant": a better decoder for the same tokens).
 
-    `levels` teaches a generator only so many coarse levels first, at a fraction of the cost. A tokenizer is trained with
+    `levels` teaches a generator only so many coarse levels first, at a fraction of the cost. A tokenizer is trained on
     the terms of `loss`: LPIPS where its weight files are in `lpips`, a PatchGAN from step `gan_start` on (-1: none).
     """
 
