@@ -16,10 +16,10 @@ REGISTERED = [slug for slug, row in SYSTEMS.items() if row.kind == "system"]
 
 
 @cache
-def case(name: str) -> Case:
+def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
     if name in TOYS:
-        return Case(name=name, make=lambda seed: toy(name, seed), request=REQUEST)
-    return case_of(name)
+        return Case(name=name, make=lambda seed: toy(name, seed, dtype), request=REQUEST)
+    return case_of(name, dtype)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -29,6 +29,15 @@ def test_law(name: str, law: str) -> None:
     if reason:
         pytest.skip(reason)
     assert examine(case(name), law)
+
+
+@pytest.mark.parametrize("name", [*TOYS, *REGISTERED])
+def test_laws_in_float32(name: str) -> None:
+    """In the precision of use: no float64 slips into a network, and caches stay within 1e-4 of one pass."""
+    c = case(name, torch.float32)
+    assert c.tolerance == 1e-4
+    for law in set(laws_of(c)) & {"cache", "prefill", "guidance", "mass", "round-trip"}:
+        assert examine(c, law)
 
 
 def test_laws_apply_where_they_should() -> None:

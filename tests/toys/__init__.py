@@ -28,7 +28,7 @@ TOYS: dict[str, Callable[[], Toy]] = {
 }
 
 
-def toy(name: str, seed: int = 0) -> Toy:
+def toy(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Toy:
     """A toy with fixed random weights."""
     torch.manual_seed(seed)
-    return TOYS[name]().double().eval()
+    return TOYS[name]().to(dtype).eval()

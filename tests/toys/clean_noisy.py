@@ -33,8 +33,8 @@ class CleanNoisy(Toy):
 
     def noisy(self, x_BnS: Tensor, t: float, label_BGD: Tensor, where: Tensor) -> Tensor:
         """Rows [B, G, n, D] of noisy vectors: they alone carry time and label."""
-        time = self.time(torch.full((1,), t, dtype=x_BnS.dtype))
-        return (self.code(x_BnS) + self.position[where[0]] + time)[:, None] + label_BGD[:, :, None]
+        time = self.time(torch.full((1,), t, dtype=label_BGD.dtype))
+        return (self.code(x_BnS.to(label_BGD)) + self.position[where[0]] + time)[:, None] + label_BGD[:, :, None]
 
     def start(
         self, cond: Cond | None, sampling: Any, noise: Source, layout: Layout | None = None, given: Pin | None = None

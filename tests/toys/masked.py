@@ -87,7 +87,7 @@ class MaskedFlow(Masked):
         z = z.gather(2, where[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[3]))
 
         def field(x: Tensor, t: float) -> Tensor:
-            x = x[:, None].expand(-1, z.shape[1], -1, -1)
+            x = x.to(z)[:, None].expand(-1, z.shape[1], -1, -1)
             return mix(self.head(torch.cat((z, x, torch.full_like(x[..., :1], t)), -1)), s.weight(k))
 
         return Solved(where, field, euler((0, 0.25, 0.5, 1)), (where.shape[1], 2), at=k)

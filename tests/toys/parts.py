@@ -100,7 +100,7 @@ class Toy(nn.Module):
         scale = per_item(sampling.cfg_scale, items)
         guided = bool((scale != 1).any())
         weights = torch.stack(cfg(scale) if guided else (torch.ones_like(scale),), -1)[:, None]
-        dtype = torch.int64 if self.space.sizes else torch.float64
+        dtype = torch.int64 if self.space.sizes else self.label.weight.dtype
         return State(
             tokens=torch.zeros(items, layout.n, self.space.S, dtype=dtype),
             group=group.expand(items, -1).clone(),

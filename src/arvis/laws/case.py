@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arvis.dist import Dist, Solved
 from arvis.noise import Noise
@@ -21,8 +21,6 @@ from arvis.walk import walk
 REQUEST = {"class_labels": [0, 1, 2], "prompt": ["a red apple", "two dogs", "a blue square left of a dog"]}
 """Three items; a system's `prepare` takes what it needs."""
 
-TOLERANCE = 1e-10
-
 
 class LawBroken(AssertionError):
     """A law does not hold: the message names the law, the system and the numbers."""
@@ -30,7 +28,7 @@ class LawBroken(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A system to examine: `make(seed)` builds it in float64 with random weights."""
+    """A system to examine: `make(seed)` builds it with random weights, in float64 unless precision is the question."""
 
     name: str
     make: Callable[[int], System]
@@ -46,7 +44,16 @@ class Case:
 
     @cached_property
     def noise(self) -> Noise:
-        return Noise.of(11, len(next(iter(self.cond.values()))))
+        return Noise.of(11, len(next(iter(self.request.values()))))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return next(cast(nn.Module, self.system).parameters()).dtype
+
+    @property
+    def tolerance(self) -> float:
+        """The relative difference that counts as equal."""
+        return 1e-10 if self.dtype == torch.float64 else 1e-4
 
     @cached_property
     def first(self) -> State:
@@ -74,14 +81,14 @@ class Case:
         """Random tokens [B, N, S]; another `what` gives others."""
         noise, space, shape = Noise.of(5, len(self.noise)), self.system.space, (self.N, self.system.space.S)
         if not space.sizes:
-            return noise.normal(what, 0, shape)
+            return noise.normal(what, 0, shape).to(self.dtype)
         return (noise.uniform(what, 0, shape) * torch.tensor(space.sizes)).long()
 
     def others(self, tokens: Tensor) -> Tensor:
         """Random tokens that differ from the given ones at every position."""
         u, space = self.noise.uniform("others", 0, tokens.shape[1:]), self.system.space
         if not space.sizes:
-            return tokens + 1 + u
+            return tokens + 1 + u.to(tokens)
         sizes = torch.tensor(space.sizes)
         return (tokens + 1 + (u * (sizes - 1)).long()) % sizes
 
@@ -97,7 +104,7 @@ class Case:
         """A distribution as numbers [B, n, .]: likelihoods or directions of a few random tokens, else a few samples."""
         if isinstance(d, Solved):
             probes = [at(self.tokens(f"probe {i}"), d.where) for i in range(2)]
-            return torch.cat([d.field(x, t) for x in probes for t in (0.125, 0.5)], -1)
+            return torch.cat([d.field(x.double(), t) for x in probes for t in (0.125, 0.5)], -1)
         try:
             return torch.stack([d.log_prob(at(self.tokens(f"probe {i}"), d.where)) for i in range(4)], -1)
         except NotImplementedError:
@@ -107,12 +114,12 @@ class Case:
         return LawBroken(f"the {law} law is broken by {self.name}: {text}")
 
 
-def case_of(slug: str) -> Case:
+def case_of(slug: str, dtype: torch.dtype = torch.float64) -> Case:
     """The smallest system of a row of the registry."""
 
     def make(seed: int) -> System:
         torch.manual_seed(seed)
-        return module_of(slug).tiny().double().eval()
+        return module_of(slug).tiny().to(dtype).eval()
 
     return Case(name=slug, make=make, request=REQUEST)
 

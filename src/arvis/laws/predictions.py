@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from arvis.laws.case import TOLERANCE, Case, gap
+from arvis.laws.case import Case, gap
 from arvis.nn.trunk import Call, Trunk
 from arvis.noise import Noise
 from arvis.state import Parallel
@@ -57,7 +57,7 @@ def again(case: Case) -> str:
         s = case.reach(tokens, k)
         case.read(case.system.predict(s))
         second = gap(case.read(case.system.predict(s)), case.read(case.system.predict(case.reach(tokens, k))))
-        if second > TOLERANCE:
+        if second > case.tolerance:
             raise case.broken("again", f"a second prediction at step {k} differs by {second:.1e}")
     return f"{len(case.steps)} predictions repeated"
 
@@ -95,7 +95,7 @@ def cache(case: Case) -> str:
         d = case.system.predict(case.reach(tokens, k))
         error = gap(case.read(d), at(one_pass, d.where))
         worst = max(worst, error)
-        if error > TOLERANCE:
+        if error > case.tolerance:
             raise case.broken("cache", f"prediction {k} differs from the one pass by {error:.1e}")
     return f"step by step equals one pass to {worst:.1e}"
 
@@ -120,7 +120,7 @@ def mass(case: Case) -> str:
             total = max(total, float(sums.max()), key=lambda x: abs(x - 1))
             total = max(total, float(sums.min()), key=lambda x: abs(x - 1))
         said = f"{len(codes)} codes have total probability {total:.12f} at every position"
-    if not abs(total - 1) < 1e-9:
+    if not abs(total - 1) < 10 * case.tolerance:
         raise case.broken("mass", said)
     items, worst = 1500, 0.0
     noise = Noise.of(3, items)
@@ -159,7 +159,7 @@ def guidance(case: Case) -> str:
         for hot, alone in (("first", "cond"), ("last", "null")):
             error = gap(read[hot], read[alone])
             worst = max(worst, error)
-            if error > TOLERANCE:
+            if error > case.tolerance:
                 raise case.broken("guidance", f"all weight on the {hot} row is {error:.1e} off {alone} at step {k}")
         nulls, mixes = max(nulls, gap(read["null"], read["cond"])), max(mixes, gap(read["mixed"], read["cond"]))
     if nulls == 0 or mixes == 0:

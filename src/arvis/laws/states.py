@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arvis.laws.case import TOLERANCE, Case, gap, walked
+from arvis.laws.case import Case, gap, walked
 from arvis.noise import Noise
 from arvis.state import State, Windowed, join_states
 from arvis.tokens import Pin
@@ -23,7 +23,7 @@ def seed(case: Case) -> str:
     count = len(together)
     for items in [torch.tensor([i]) for i in range(count)] + [torch.arange(count).flip(0)]:
         alone = walked(case, case.start(items, sampling=guided)).tokens
-        if gap(alone.double(), together[items].double()) > TOLERANCE:
+        if gap(alone.double(), together[items].double()) > case.tolerance:
             raise case.broken("seed", f"items {items.tolist()} differ from themselves in a batch of {count}")
     return f"{count} items are the same in three batches"
 
@@ -41,11 +41,11 @@ def gather(case: Case) -> str:
         if bool((u[-1] == u[-2]).any()):
             raise case.broken("gather", "a copy continues with the noise of its original")
         done = walked(case, s).tokens.double()
-        if gap(done[:-1], whole[rows[:-1]]) > TOLERANCE:
+        if gap(done[:-1], whole[rows[:-1]]) > case.tolerance:
             raise case.broken("gather", f"items {rows[:-1].tolist()} continue differently after a gather at step {k}")
         s = walked(case, case.start(sampling=guided), until=k)
         parts = [s.fork().take_(torch.tensor([i])) for i in range(len(s))]
-        if gap(walked(case, join_states(parts)).tokens.double(), whole) > TOLERANCE:
+        if gap(walked(case, join_states(parts)).tokens.double(), whole) > case.tolerance:
             raise case.broken("gather", f"items that were split and joined at step {k} continue differently")
     return f"gathered, split and joined at {len(case.steps) - 1} steps"
 
@@ -62,7 +62,7 @@ def prefill(case: Case) -> str:
             states = (case.reach(tokens, later, s), case.reach(tokens, later, there))
             error = gap(*(case.read(case.system.predict(x)) for x in states))
             worst = max(worst, error)
-            if error > TOLERANCE:
+            if error > case.tolerance:
                 raise case.broken("prefill", f"prediction {later} after {k} given groups differs by {error:.1e}")
     mask = Noise.of(7, len(tokens)).uniform("mask", 0, (case.N,)) < 0.5
     s = walked(case, case.start(sampling=case.system.Sampling(), given=Pin(mask, tokens)))
@@ -90,7 +90,7 @@ def window(case: Case) -> str:
                     line[:, k : k + len(branch), 0] = drafts[:, branch]
                     error = gap(p_BLV[:, node + 1], _code_probs(case, case.reach(line, k + len(branch))))
                     worst = max(worst, error)
-                    if error > TOLERANCE:
+                    if error > case.tolerance:
                         raise case.broken("window", f"draft {node} of a {name} at step {k} predicts {error:.1e} off")
         if k + 3 < s.K:  # s holds the window of the tree: keep no draft, one, two, and a token more
             line, fresh = tokens.clone(), F.pad(drafts.gather(1, paths.clamp_min(0)), (0, 1))
@@ -106,7 +106,7 @@ def window(case: Case) -> str:
             for item in items:
                 error = gap(after[item], _code_probs(case, case.reach(line, int(s.k[item])))[item])
                 worst, kept = max(worst, error), kept + 1
-                if error > TOLERANCE:
+                if error > case.tolerance:
                     raise case.broken("window", f"{int(length[item])} drafts kept at step {k} predict {error:.1e} off")
     return f"chains, trees and {kept} kept paths equal walks to {worst:.1e}"
 
