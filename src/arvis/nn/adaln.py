@@ -93,6 +93,11 @@ class OwnModulation(nn.Module):
         self.width = width
         self.project = nn.Linear(width, 6 * width)
 
+    @property
+    def vectors(self) -> Tensor:
+        """The weights behind the six vectors, [6 D, ...]."""
+        return self.project.weight
+
     def forward(self, vector: Tensor) -> Tensor:
         return self.project(F.silu(vector)).view(-1, 6, self.width)
 
@@ -103,6 +108,11 @@ class SharedModulation(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The weights behind the six vectors, [6 D, ...]."""
+        return self.offset.view(-1, 1)
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.offset + vector

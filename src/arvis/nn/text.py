@@ -60,6 +60,10 @@ class TextEncoder(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, 1 + config.words, config.width))
         self.trunk = Trunk(ViTBlock(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Words of unit size, so that they are told apart from the first step on."""
         nn.init.normal_(self.piece.weight, std=0.3)
         nn.init.normal_(self.position, std=0.02)
 

@@ -124,7 +124,7 @@ def _sampled(system: VAR, labels: Tensor, given: Mapping[str, Any]) -> Iterator[
     yield "ar_logits_guided", _follow(system, s, tokens)
     k, v = (_streams(store[0]) for store in (s.cache["trunk"].k, s.cache["trunk"].v))
     if given["cfg"] == 0:  # then nothing needs the null row here, but the official code computes it all the same
-        null = _cond(system, torch.full_like(labels, system.transformer.config.num_classes))
+        null = _cond(system, torch.full_like(labels, system.transformer.conditioner.num_classes))
         s = _roomy(system.start(null, VARSampling.plain(), noise))
         _follow(system, s, tokens)
         k, v = (torch.cat((a, _streams(b[0]))) for a, b in ((k, s.cache["trunk"].k), (v, s.cache["trunk"].v)))

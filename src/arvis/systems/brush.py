@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arvis.nn.scales import Condition
 from arvis.nn.text import TextConfig, TextEncoder, word_ids
 from arvis.published import Preset
 from arvis.state import Cond
-from arvis.systems.var import VAR, Condition, ScaleTransformer, VARConfig, adaln_block
+from arvis.systems.var import VAR, VARConfig, assemble
 from arvis.tokenizers.patch import PatchConfig
-from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
+from arvis.tokenizers.pyramid import PyramidVQConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,9 @@ class TextConditioner(nn.Module):
 
 def build(config: BrushConfig) -> VAR:
     """A brush with freshly initialised weights."""
-    conditioner = TextConditioner(config.text, config.scale.width)
-    transformer = ScaleTransformer(
-        config.scale, conditioner, lambda i: adaln_block(config.scale, i, context_width=config.text.width)
-    )
-    transformer.init_weights()
-    nn.init.normal_(conditioner.encoder.piece.weight, std=0.3)
-    return VAR(PyramidVQ(config.scale.tokenizer), transformer)
+    system = assemble(config.scale, TextConditioner(config.text, config.scale.width), config.text.width)
+    system.transformer.conditioner.encoder.init_weights()
+    return system
 
 
 def brush_64() -> BrushConfig:

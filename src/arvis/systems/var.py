@@ -9,18 +9,17 @@ class embedding also modulates every block. Guidance grows with the scale: (1 + 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arvis.dist import Categorical, Dist
-from arvis.nn.adaln import AdaLNBlock, AdaLNHead, OwnModulation, SharedModulation
+from arvis.nn.adaln import AdaLNBlock, OwnModulation, SharedModulation
 from arvis.nn.cache import Cache
-from arvis.nn.trunk import Call, Trunk
+from arvis.nn.scales import Condition, ScaleTransformer
 from arvis.noise import Source
 from arvis.orders import by_level
 from arvis.published import File, Preset, Result
@@ -69,14 +68,6 @@ class VARConfig:
     adaln_init: float = 1e-3
 
 
-class Condition(NamedTuple):
-    """A condition as the transformer takes it: the start row, the modulation input, and what cross-attention reads."""
-
-    start: Tensor
-    vector: Tensor
-    context: tuple[Tensor, Tensor | None] | None = None
-
-
 class ClassConditioner(nn.Module):
     """One learned row per class, and a last one for "no class"; it is the start row and the modulation at once."""
 
@@ -105,85 +96,16 @@ class ClassConditioner(nn.Module):
         return Condition(row, row)
 
 
-class ScaleTransformer(nn.Module):
-    """The transformer over scales: embed, blocks, head. The conditioner and the blocks are given."""
-
-    def __init__(
-        self,
-        config: VARConfig,
-        conditioner: nn.Module,
-        block: Callable[[int], nn.Module],
-    ) -> None:
-        super().__init__()
-        layout, width = pyramid(config.tokenizer.patch_nums), config.width
-        self.config, self.layout = config, layout
-        self.conditioner = conditioner
-        self.word = nn.Linear(config.tokenizer.z_channels, width)
-        self.start_position = nn.Parameter(torch.zeros(1, layout.sizes[0], width))
-        self.position = nn.Parameter(torch.zeros(1, layout.n, width))
-        self.level = nn.Embedding(layout.K, width)
-        self.shared = nn.Linear(width, 6 * width) if config.shared_aln else None
-        self.trunk = Trunk(block(i) for i in range(config.depth))
-        self.head = AdaLNHead(width, config.tokenizer.vocab_size, config.norm_eps)
-
-    def embed(self, c: Condition, x_BNC: Tensor | None, first: int, last: int) -> Tensor:
-        """Input rows [B*G, R, D] of scales first..last-1; x holds their features, without scale 0."""
-        rows = []
-        if first == 0:
-            rows.append(c.start[:, None] + self.start_position)
-        if x_BNC is not None:
-            word = self.word(x_BNC)  # the same for every guidance row: multiplied once
-            rows.append(word.repeat_interleave(len(c.start) // len(word), 0))
-        span = slice(self.layout.offsets[first], self.layout.offsets[last])
-        level = self.level(self.layout.level_N[span].to(self.position.device))
-        return torch.cat(rows, 1) + self.position[:, span] + level
-
-    def forward(
-        self, c: Condition, x_BNC: Tensor | None, first: int, last: int, see: See, cache: Cache | None = None
-    ) -> Tensor:
-        """Hidden rows [B*G, R, D] of scales first..last-1, over the cache where there is one."""
-        x = self.embed(c, x_BNC, first, last)
-        rows = Rows.of(self.layout.level_N[self.layout.offsets[first] : self.layout.offsets[last]])
-        # nothing reads the rows of the last scale later, so they take no slot of the cache
-        mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
-        vector = c.vector
-        if self.shared is not None:
-            vector = self.shared(F.silu(c.vector)).view(-1, 6, self.config.width)
-        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, context=c.context))
-
-    def init_weights(self) -> None:
-        """The official initialisation: small gates, small head, residual outputs scaled with depth."""
-        width, depth, std = self.config.width, len(self.trunk), (1 / (3 * self.config.width)) ** 0.5
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        for position in (self.start_position, self.position):
-            nn.init.trunc_normal_(position, std=std)
-        with torch.no_grad():
-            self.head.linear.weight *= 0.02
-            self.head.project.weight *= 0.5
-            for block in self.trunk.blocks:
-                block.attn.out.weight /= (2 * depth) ** 0.5
-                block.ffn.down.weight /= (2 * depth) ** 0.5
-                gates = (
-                    block.modulation.project.weight
-                    if isinstance(block.modulation, OwnModulation)
-                    else block.modulation.offset.view(6 * width, 1)
-                )
-                gates[: 2 * width] *= self.config.adaln_init
-                gates[2 * width :] *= 0.5
-
-
 class VAR(nn.Module):
     """The three verbs over scales. `see` is the visibility between scales: `upto` for VAR."""
 
     Sampling: ClassVar[type] = VARSampling
 
-    def __init__(self, tokenizer: PyramidVQ, transformer: ScaleTransformer, see: See = upto) -> None:
+    def __init__(
+        self, tokenizer: PyramidVQ, transformer: ScaleTransformer, see: See = upto, label_drop: float = 0.1
+    ) -> None:
         super().__init__()
-        self.tokenizer, self.transformer, self.see = tokenizer, transformer, see
+        self.tokenizer, self.transformer, self.see, self.label_drop = tokenizer, transformer, see, label_drop
         self.space: Space = tokenizer.space
 
     def parts(self) -> dict[str, nn.Module]:
@@ -275,7 +197,7 @@ class VAR(nn.Module):
         last = min(batch.get("levels") or layout.K, layout.K)
         with torch.no_grad():
             tokens = batch["tokens"] if "tokens" in batch else self.tokenizer.encode(batch["image"], layout)
-        null = noise.uniform("drop", 0, ()).to(tokens.device) < self.transformer.config.label_drop
+        null = noise.uniform("drop", 0, ()).to(tokens.device) < self.label_drop
         c = self.transformer.conditioner(self.prepare(batch), null)
         tokens = tokens[:, : layout.offsets[last]]
         logits = self._teacher(tokens, c, layout, last).logits
@@ -345,10 +267,24 @@ def adaln_block(config: VARConfig, layer: int, context_width: int = 0) -> AdaLNB
 
 def build(config: VARConfig) -> VAR:
     """A VAR with freshly initialised weights."""
-    conditioner = ClassConditioner(config.num_classes, config.width)
-    transformer = ScaleTransformer(config, conditioner, lambda i: adaln_block(config, i))
-    transformer.init_weights()
-    return VAR(PyramidVQ(config.tokenizer), transformer)
+    return assemble(config, ClassConditioner(config.num_classes, config.width))
+
+
+def assemble(config: VARConfig, conditioner: nn.Module, context_width: int = 0) -> VAR:
+    """A freshly initialised model over scales with any conditioner; its blocks read a context if it has a width."""
+    blocks = [adaln_block(config, i, context_width) for i in range(config.depth)]
+    transformer = ScaleTransformer(
+        conditioner,
+        blocks,
+        layout=pyramid(config.tokenizer.patch_nums),
+        channels=config.tokenizer.z_channels,
+        codes=config.tokenizer.vocab_size,
+        width=config.width,
+        shared=config.shared_aln,
+        eps=config.norm_eps,
+    )
+    transformer.init_weights(config.adaln_init)
+    return VAR(PyramidVQ(config.tokenizer), transformer, label_drop=config.label_drop)
 
 
 def tokenizer_config(patch_nums: tuple[int, ...] = PATCH_NUMS_256) -> PyramidVQConfig:
