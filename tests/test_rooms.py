@@ -23,8 +23,8 @@ ROOMS = (
     ("published", "weights"),
     ("training", "data", "evaluation"),
     ("systems",),
-    ("model", "recipes", "parity", "laws", "checks", "doctor"),
-    ("serving", "cli"),
+    ("loading", "model", "recipes", "parity", "laws", "checks", "doctor"),
+    ("serving", "terminal", "cli"),
 )
 """From the top of the house to its bottom; inside a room, too, a file imports only from those named before it."""
 

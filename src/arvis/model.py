@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -12,31 +13,38 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from arvis import systems
 from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
 from arvis.editing import keep_tokens
+from arvis.loading import by_name, from_folder, picture_size
 from arvis.noise import Noise
 from arvis.state import Parallel
 from arvis.tokens import Layout, Pin
-from arvis.walk import Step, generate, likelihood
-from arvis.weights import SAME_NAMES, WeightsError, fetch, load_official, read, read_pretrained, save_pretrained
+from arvis.training.precision import Choice, Precision, pick
+from arvis.walk import generate, likelihood
+from arvis.weights import save_pretrained
 
-SHIPPED = Path(__file__).parent / "models"
-"""Models that come with the package, one folder each."""
+BATCH = 64
+"""Pictures that pass through a network together; more are done one batch after another, in the same memory."""
+
+MOST_BYTES = 2**30
+"""Pixels that one call returns at most."""
 
 Picture = Image.Image | str | Path
-
-_log = logging.getLogger("arvis")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One step of a generation: `k` of `K` groups are decided; `pictures()` decodes what is known so far."""
+    """One step of a generation: `k` of `K` groups are decided, counted over all batches.
+
+    `pictures()` decodes what is known so far, `tokens()` is [B, N, S]; both of the batches that were begun, and before
+    the next step only.
+    """
 
     k: int
     K: int
     pictures: Callable[[], list[Image.Image]]
+    tokens: Callable[[], Tensor]
 
     @property
     def done(self) -> bool:
@@ -44,25 +52,40 @@ class Progress:
 
 
 class Model:
-    """A system with its weights, ready to use. `settings` are the sampling settings it is used with by default."""
+    """A system with its weights, ready to use. `settings` are the sampling settings it is used with by default.
+
+    Networks run in the number format of `precision`; weights are float32.
+    """
 
     def __init__(
-        self, system: Any, *, slug: str, name: str, config: Any, settings: Mapping[str, Any], source: Mapping[str, Any]
+        self,
+        system: Any,
+        *,
+        slug: str,
+        name: str,
+        config: Any,
+        settings: Mapping[str, Any],
+        source: Mapping[str, Any],
+        precision: Choice = "float32",
     ) -> None:
         self.system = system.eval()
         self.slug, self.name, self.config = slug, name, config
         self.settings, self.source = dict(settings), dict(source)
+        self.precision: Precision = pick(self.device, precision)
 
     @property
     def device(self) -> torch.device:
         return next(self.system.parameters()).device
 
     @property
+    def layout(self) -> Layout:
+        """Where the tokens of a picture lie."""
+        return self.system.tokenizer.layout()
+
+    @property
     def size(self) -> tuple[int, int]:
         """(Y, X) pixels of a picture."""
-        tokenizer = self.system.tokenizer
-        y, x = tokenizer.layout().levels[-1]
-        return y * tokenizer.config.downsample, x * tokenizer.config.downsample
+        return picture_size(self.system)
 
     def sampling(self, settings: Mapping[str, Any] | None = None) -> Any:
         """The sampling settings, with changes; ConfigError naming the nearest for an unknown one."""
@@ -88,7 +111,10 @@ class Model:
 
         Picture i depends on (prompt, settings, seed, i) and on nothing else, so asking for more adds to those there.
         `settings` changes sampling settings ("cfg_scale", "top_k", "top_p", ...). With `image`, only the white part of
-        `mask` is painted anew and the rest is kept (approximately: what is kept are tokens).
+        `mask` is painted anew and the rest is kept (approximately: what is kept are tokens); with a mask that is white
+        inside, outside or under another prompt this is in-painting, out-painting and editing.
+
+        Raises ValueError for a condition the model does not take, one of image and mask alone, and too many pictures.
         """
         last = None
         for last in self.stream(
@@ -96,8 +122,7 @@ class Model:
         ):
             if on_step is not None:
                 on_step(last)
-        if last is None:
-            raise ValueError("the mask leaves nothing to paint: white marks what is painted anew")
+        assert last is not None, "a stream has at least one step"
         return last.pictures()
 
     def stream(
@@ -114,31 +139,65 @@ class Model:
         """The steps of `generate`, coarse to fine. Stop iterating to cancel; call `pictures` before the next step."""
         if n < 1:
             raise ValueError(f"n is the number of pictures, at least 1, got {n}")
-        request = _request(prompt, class_labels, n)
-        with torch.inference_mode():
-            cond = self.system.prepare(request)
-            items = len(next(iter(cond.values())))
-            layout = self.system.tokenizer.layout()
-            given = self._given(image, mask, layout, items)
-            noise = Noise(Noise.of(seed, n, self.device).seed_B.repeat(items // n))
-            steps = generate(self.system, cond, self.sampling(settings), noise, layout, given)
-        while True:
-            with torch.inference_mode():
-                step: Step | None = next(steps, None)
-            if step is None:
-                return
-            yield Progress(k=step.k, K=step.K, pictures=lambda step=step: _pictures(step))
+        layout, sampling = self.layout, self.sampling(settings)
+        with self._running():
+            cond = self.system.prepare(self._request(prompt, class_labels))
+            prompts = len(next(iter(cond.values()), [None]))
+            self._affordable(n * prompts)
+            given = self._given(image, mask, layout)
+            seeds = Noise.of(seed, n, self.device).seed_B.repeat(prompts)
+            which = torch.arange(n * prompts, device=self.device) // n
+        batches = [slice(first, first + BATCH) for first in range(0, n * prompts, BATCH)]
+        pictures: list[Image.Image] = []
+        tokens: list[Tensor] = []
+        for b, rows in enumerate(batches):
+            before, drawn = tuple(pictures), tuple(tokens)
+
+            def told(k: int, K: int, now: Callable[[], Tensor], x: Tensor, b=b, before=before, drawn=drawn) -> Progress:
+                return Progress(
+                    k=b * K + k,
+                    K=len(batches) * K,
+                    pictures=lambda: [*before, *self._pil(now)],
+                    tokens=lambda: torch.cat((*drawn, x)),
+                )
+
+            last = None
+            with self._running():
+                noise = Noise(seeds[rows])
+                pin = None if given is None else Pin(*(t.expand(len(noise), *t.shape[1:]) for t in given))
+                steps = generate(
+                    self.system, {name: v[which[rows]] for name, v in cond.items()}, sampling, noise, layout, pin
+                )
+            while True:
+                with self._running():
+                    step = next(steps, None)
+                if step is None:
+                    break
+                last = told(step.k, step.K, step.preview, step.state.tokens)
+                yield last
+            if last is None and pin is not None:  # everything was given
+                x = pin.value
+                last = told(layout.K, layout.K, lambda x=x: self.system.tokenizer.decode(x, layout), x)
+                yield last
+            if last is not None and rows is not batches[-1]:
+                pictures, tokens = last.pictures(), [last.tokens()]
 
     def reconstruct(self, pictures: Sequence[Picture]) -> list[Image.Image]:
         """What the tokenizer keeps of pictures: encode to tokens, decode."""
-        with torch.inference_mode():
-            tokens = self.tokens(pictures)
-            return [to_pil(x) for x in self.system.tokenizer.decode(tokens, self.system.tokenizer.layout())]
+        tokens = self.tokens(pictures)
+        return [
+            image
+            for part in tokens.split(BATCH)
+            for image in self._pil(lambda part=part: self.system.tokenizer.decode(part, self.layout))
+        ]
 
     def tokens(self, pictures: Sequence[Picture]) -> Tensor:
         """The tokens [B, N, S] of pictures, which are cropped to the model's size."""
-        with torch.inference_mode():
-            return self.system.tokenizer.encode(self._batch(pictures), self.system.tokenizer.layout())
+        if not pictures:
+            raise ValueError("at least one picture is needed, got none")
+        with self._running():
+            parts = [pictures[first : first + BATCH] for first in range(0, len(pictures), BATCH)]
+            return torch.cat([self.system.tokenizer.encode(self._batch(part), self.layout) for part in parts])
 
     def log_prob(
         self,
@@ -147,33 +206,95 @@ class Model:
         *,
         class_labels: int | Sequence[int] | None = None,
     ) -> Tensor:
-        """log p(tokens of each picture | condition) in nats, float64 [B], of the unguided, unfiltered model."""
-        with torch.inference_mode():
-            tokens = self.tokens(pictures)
-            cond = self.system.prepare(_request(prompt, class_labels, 1))
-            if len(next(iter(cond.values()))) == 1:
-                cond = {name: value.expand(len(tokens), *value.shape[1:]) for name, value in cond.items()}
-            if isinstance(self.system, Parallel):
-                return self.system.teacher(tokens, cond).log_prob(tokens).double().sum(1)
-            return likelihood(self.system, tokens, cond, Noise.of(0, len(tokens), self.device))
+        """log p(tokens of each picture | condition) in nats, float64 [B], of the unguided, unfiltered model.
+
+        One condition for all pictures, or one for each; ValueError for other numbers of them.
+        """
+        tokens = self.tokens(pictures)
+        out = []
+        with self._running():
+            cond = self.system.prepare(self._request(prompt, class_labels))
+            count = len(next(iter(cond.values()), tokens))
+            if count not in (1, len(tokens)):
+                raise ValueError(f"log_prob takes one condition or one per picture: {count} for {len(tokens)} pictures")
+            for rows in torch.arange(len(tokens), device=self.device).split(BATCH):
+                x = tokens[rows]
+                c = {name: v.expand(len(x), *v.shape[1:]) if count == 1 else v[rows] for name, v in cond.items()}
+                if isinstance(self.system, Parallel):
+                    out.append(self.system.teacher(x, c).log_prob(x).double().sum(1))
+                else:
+                    out.append(likelihood(self.system, x, c, Noise.of(0, len(x), self.device)))
+        return torch.cat(out)
+
+    # -- between pictures and networks ----------------------------------------------------------------------------
+
+    def _running(self) -> ExitStack:
+        """No gradients, and the number format of this model."""
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(self.precision.around())
+        return stack
+
+    def _pil(self, decode: Callable[[], Tensor]) -> list[Image.Image]:
+        with self._running():
+            return [to_pil(x) for x in decode()]
 
     def _batch(self, pictures: Sequence[Picture]) -> Tensor:
         size = self.size[0]
-        opened = [p if isinstance(p, Image.Image) else read_image(p) for p in pictures]
-        return to_network(torch.stack([to_tensor(centre_crop(p.convert("RGB"), size)) for p in opened])).to(self.device)
+        cropped = [to_tensor(centre_crop(_open(p), size)) for p in pictures]
+        return to_network(torch.stack(cropped)).to(self.device)
 
-    def _given(self, image: Picture | None, mask: Picture | None, layout: Layout, items: int) -> Pin | None:
-        """The tokens of `image` outside the white part of `mask`."""
+    def _request(
+        self, prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None
+    ) -> dict[str, list[Any]]:
+        """The conditions as lists, refused where the model does not take them."""
+        takes = tuple(self.system.conditions)
+        out: dict[str, list[Any]] = {}
+        for name, value in (("prompt", prompt), ("class_labels", class_labels)):
+            if value is None:
+                continue
+            if name not in takes:
+                raise ValueError(f"{self.name} takes {' and '.join(takes) or 'no condition'}, not {name}={value!r}")
+            out[name] = [value] if isinstance(value, str) or not hasattr(value, "__len__") else list(value)
+            if not out[name]:
+                raise ValueError(f"{name} is empty; give at least one")
+        wrong = [p for p in out.get("prompt", ()) if not isinstance(p, str)]
+        if wrong:
+            raise ValueError(f"a prompt is text, got {wrong[0]!r} of type {type(wrong[0]).__name__}")
+        try:
+            return {name: [*map(operator.index, v)] if name == "class_labels" else v for name, v in out.items()}
+        except TypeError:
+            raise ValueError(f"class_labels are whole numbers, got {class_labels!r}") from None
+
+    def _affordable(self, count: int) -> None:
+        """ValueError where so many pictures would not fit into memory."""
+        bytes_each = 3 * self.size[0] * self.size[1]
+        if count * bytes_each > MOST_BYTES:
+            shape = f"{self.size[1]}x{self.size[0]}"
+            raise ValueError(
+                f"{count} pictures of {shape} take {count * bytes_each / 2**30:,.1f} GiB; one call makes at most "
+                f"{MOST_BYTES // bytes_each}: ask for fewer, several times, with other seeds"
+            )
+
+    def _given(self, image: Picture | None, mask: Picture | None, layout: Layout) -> Pin | None:
+        """The tokens [1, N, S] of `image` outside the white part of `mask`; None where nothing is kept."""
         if image is None and mask is None:
             return None
         if image is None or mask is None:
-            raise ValueError("repainting needs both an image and a mask (white marks what is painted anew)")
-        tokens = self.tokens([image])
-        paint = self._batch([mask])[0].mean(0) > 0
-        y, x = layout.levels[-1]
-        cells = torch.nn.functional.adaptive_max_pool2d(paint[None, None].float(), (y, x))[0] > 0
-        keep = keep_tokens(~cells, layout).to(self.device)
-        return Pin(keep.expand(items, -1), tokens.expand(items, -1, -1))
+            has, lacks = ("a mask", "an image") if image is None else ("an image", "a mask")
+            raise ValueError(
+                f"got {has} without {lacks}: painting a part anew needs both (white marks what is painted)"
+            )
+        picture, white = _open(image), _open(mask)
+        if abs(picture.width * white.height / (picture.height * white.width) - 1) > 0.02:
+            raise ValueError(
+                f"the mask is {white.width}x{white.height}, the image {picture.width}x{picture.height}: "
+                "a mask has the shape of its image"
+            )
+        keep = keep_tokens(self._batch([white])[0].mean(0) <= 0, layout)
+        if not keep[:, layout.span(layout.K - 1)].any():
+            return None
+        return Pin(keep.to(self.device), self.tokens([picture]))
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -183,91 +304,59 @@ class Model:
         return save_pretrained(self.system, to_dict(self.config), folder, system=self.slug, source=source)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """A folder that `save_pretrained` wrote, or its safetensors file alone."""
-        found = read_pretrained(path)
-        module = systems.system(found.system)
-        config = from_dict(module.CONFIG, found.config)
-        with torch.device("meta"):
-            system = module.build(config)
-        load_official(
-            system,
-            SAME_NAMES,
-            {k: v.float() if v.is_floating_point() else v for k, v in found.tensors.items()},
-            source=str(path),
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        precision: Choice = "float32",
+        revision: str = "main",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+    ) -> Self:
+        """A folder that `save_pretrained` wrote, its safetensors file alone, or "owner/name" of one on the hub.
+
+        Raises WeightsError where there is none, or its tensors are not those of its configuration.
+        """
+        found = from_folder(
+            path,
+            device,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
         )
-        name = found.source.get("name", Path(path).name)
-        return cls(
-            system.to(device),
-            slug=found.system,
-            name=name,
-            config=config,
-            settings=found.source.get("sampling", {}),
-            source=found.source,
-        )
+        return cls(**vars(found), precision=precision)
 
 
 def load(
     name: str | Path,
     *,
     device: str | torch.device = "cpu",
+    precision: Choice = "float32",
     weights: Mapping[str, str | Path] | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Model:
-    """A model by name ("brush", "var-d16", ...), or a folder of `save_pretrained`.
+    """A model by name ("brush", "var-d16", ...), or a folder of `save_pretrained` (one called like a model: "./brush").
 
     Models in the box load from the package. Others fetch their official files from the public hub, or take the files in
-    `weights`, one per part ("tokenizer", "transformer", ...), and are converted. KeyError names the nearest name;
-    WeightsError says what does not fit, with both shapes.
+    `weights`, one per part ("tokenizer", "transformer", ...), and are converted. `device` "auto" is a GPU where there
+    is one; `precision` "auto" computes in bfloat16 where that pays. KeyError names the nearest name; WeightsError says
+    what does not fit, with both shapes.
     """
-    if isinstance(name, Path) or Path(name).is_dir():
-        return Model.from_pretrained(name, device=device)
-    slug, full, preset = systems.preset(name)
-    if (SHIPPED / full).is_dir() and not weights:
-        return Model.from_pretrained(SHIPPED / full, device=device)
-    module, config = systems.system(slug), preset.config()
-    files = {part: Path(path) for part, path in (weights or {}).items()}
-    unknown = [part for part in files if part not in preset.files]
-    if unknown:
-        raise WeightsError(f"{full} has no part {unknown[0]!r}; its parts are {', '.join(preset.files) or 'none'}")
-    if not preset.files:
-        raise WeightsError(f"no weights of {full} are published: train it (arvis train {full}) and load its folder")
-    if preset.licence:
-        _log.info("%s: licence of the weights: %s", full, preset.licence)
-    for part, file in preset.files.items():
-        if part not in files:
-            files[part] = fetch(
-                file.repo,
-                file.name,
-                file.revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                sha256=file.sha256,
-            )
-    with torch.device("meta"):
-        system = module.build(config)
-    keys = module.keys(config)
-    for part, path in files.items():
-        load_official(system.parts()[part], keys[part], read(path, preset.files[part].inside), source=str(path))
-    source = {"repo": ", ".join(sorted({f.repo for f in preset.files.values()})), "licence": preset.licence}
-    return Model(system.to(device), slug=slug, name=full, config=config, settings=preset.sampling, source=source)
+    found = by_name(
+        name,
+        device,
+        weights=weights,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+    )
+    return Model(**vars(found), precision=precision)
 
 
-def _request(prompt: str | Sequence[str] | None, class_labels: int | Sequence[int] | None, n: int) -> dict[str, Any]:
-    """Conditions, each repeated n times."""
-    out: dict[str, Any] = {}
-    if prompt is not None:
-        out["prompt"] = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
-    if class_labels is not None:
-        out["class_labels"] = [
-            c for c in ([class_labels] if isinstance(class_labels, int) else class_labels) for _ in range(n)
-        ]
-    return out
-
-
-def _pictures(step: Step) -> list[Image.Image]:
-    with torch.inference_mode():
-        return [to_pil(x) for x in step.preview()]
+def _open(picture: Picture) -> Image.Image:
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else read_image(picture)
