@@ -141,6 +141,9 @@ def test_items_at_different_lengths() -> None:
     for i, n in enumerate(lengths.tolist()):
         joined = tuple(torch.cat((a[i : i + 1, :, :n], b[i : i + 1]), 2) for a, b in zip(x, y, strict=True))
         assert torch.allclose(out[i], whole(Rows.of(torch.arange(n + 2)), joined)[0, :, n:], atol=1e-12)
+    again = torch.tensor([[0], [1]])  # rows may be placed below the end, too
+    step(cache, Rows.of(again), qkv(1, "z"), at=again)
+    assert cache.end == 5 and cache.filled.tolist() == [3, 5]
     with pytest.raises(ValueError, match="always kept"):
         cache.place(upto, Rows.of(at), keep=False, at=at)
 
@@ -179,6 +182,7 @@ def test_gathered_and_stacked_caches() -> None:
     both = Cache.stack([cache, fresh])
     assert both.slots == 4 and both.filled.tolist() == [3, 3, 0] and both.end == 3
     assert torch.equal(both.k[0][:2], cache.k[0]) and not bool(both.k[0][2].any())
+    assert Cache.stack([Cache(1, 2), cache]).end == 3
     parted = Cache.stack([both.take(torch.tensor([i])) for i in range(2)])
     out = step(parted, Rows.of(torch.tensor([3])), y)
     assert torch.allclose(out, step(cache, Rows.of(torch.tensor([3])), y))

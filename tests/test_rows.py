@@ -27,6 +27,10 @@ from arvis.tokens import NEVER, pyramid
 
 RULES: dict[str, tuple] = {
     "upto": (upto, lambda qs, qt, ks, kt: ks <= qs),
+    "tree without drafts": (
+        lambda q, k: tree(q._replace(tag=0 * q.tag), k._replace(tag=0 * k.tag)),
+        lambda qs, qt, ks, kt: ks <= qs,
+    ),
     "same": (same, lambda qs, qt, ks, kt: ks == qs),
     "window": (window(2), lambda qs, qt, ks, kt: ks <= qs and (qs - ks < 2 or ks < 0)),
     "window with sink": (window(2, sink=1), lambda qs, qt, ks, kt: ks <= qs and (qs - ks < 2 or ks < 1)),

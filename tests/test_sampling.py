@@ -70,6 +70,13 @@ def test_top_p_follows_its_rule(p: float) -> None:
     assert bool((mass.sum(-1) - smallest <= p + 1e-12)[many].all())  # ... and is the smallest such set
 
 
+def test_top_p_at_its_edges() -> None:
+    even = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+    assert int((top_p(even, 0.5) > -INF).sum()) == 2  # a cumulative probability of exactly 1 - p is dropped
+    x = logits()
+    assert torch.equal(top_p(x, 1e-18).isfinite().sum(-1), torch.ones(x.shape[:-1]))  # the most likely code stays
+
+
 def test_filters_off() -> None:
     x = logits()
     assert top_p(x, 0) is x and top_p(x, 1.0) is x and temper(x, 1.0) is x

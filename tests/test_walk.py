@@ -111,12 +111,12 @@ def test_ragged_systems_join_at_any_step() -> None:
     cond = [{"class_labels": torch.tensor([i])} for i in range(3)]
     alone = [finish(generate(system, c, ToySampling(), n)).tokens for c, n in zip(cond, noise, strict=True)]
     states = [system.start(c, ToySampling(), n) for c, n in zip(cond, noise, strict=True)]
-    for s, until in zip(states, (3, 0, 1), strict=True):
+    for s, until in zip(states, (1, 3, 0), strict=True):
         for _ in walk(system, s, until=until):
             pass
     together = join_states(states)
-    assert together.k.tolist() == [3, 0, 1]
-    with pytest.raises(ValueError, match=r"different steps: \[3, 0, 1\]"):
+    assert together.k.tolist() == [1, 3, 0]
+    with pytest.raises(ValueError, match=r"different steps: \[1, 3, 0\]"):
         together.at()
     steps = [step.k for step in walk(system, together)]
     assert steps == [1, 2, 3, 4]  # of the slowest item
@@ -132,6 +132,13 @@ def test_states_that_cannot_share_a_batch() -> None:
     given = Pin(torch.arange(6).expand(3, -1) < 1, torch.zeros(3, 6, 1, dtype=torch.int64))
     _, prefilled = start("next-scale", given=given)  # at the same step as `later`, but its first scale is not fed yet
     for pair in ((a, later), (a, plain), (later, prefilled), (a, start("fronts")[1])):
+        with pytest.raises(ValueError, match="states of 2 different kinds"):
+            join_states(pair)
+    _, b = start("masked")  # nothing but the step tells these two apart
+    _, c = start("masked")
+    b.k = b.k + 1
+    stretched = replace(a, weights=a.weights.expand(-1, 3, -1))
+    for pair in ((b, c), (a, stretched)):
         with pytest.raises(ValueError, match="states of 2 different kinds"):
             join_states(pair)
     recorded = replace(a, noise=Recorded({}, {}, items=3))
