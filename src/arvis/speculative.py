@@ -91,22 +91,23 @@ def verify(p_BWV: Tensor, draft: Draft, u_BL: Tensor, last_B: Tensor, room_B: Te
     """Accept a path of drafts and draw the token after it.
 
     p [B, 1 + L, V] are the system's probabilities after what is decided and after each draft; uniforms u [B, L] test
-    the drafts and last [B] draws the token; drafts deeper than room [B] are left out.
+    the drafts and last [B] draws the token; drafts deeper than room [B] are left out. Paths are control data: the
+    verdict is made, and lies, on the host.
     """
-    items, count = draft.tokens.shape
+    p, q, proposed, u_BL, last_B = (x.cpu() for x in (p_BWV.double(), draft.q.double(), draft.tokens, u_BL, last_B))
+    items, count = proposed.shape
     item, parent, depth = torch.arange(items), draft.tree, depths(draft.tree)
-    p, q = p_BWV.double(), draft.q.to(p_BWV.device).double()
     tip, rest = torch.full((items,), -1), p[:, 0]
     path, length = torch.full((items, int(depth.max())), -1), torch.zeros(items, dtype=torch.int64)
     for node in range(count):
-        x, q_BV = draft.tokens[:, node], q[:, node]
+        x, q_BV = proposed[:, node], q[:, node]
         tried = (parent[:, node] == tip) & (depth[:, node] <= room_B)
         yes = tried & (u_BL[:, node] * q_BV[item, x] < rest[item, x])
         rest = torch.where((tried & ~yes)[:, None], residual(rest, q_BV), rest)
         rest = torch.where(yes[:, None], p[:, node + 1], rest)
         path[item[yes], length[yes]] = node
         tip, length = torch.where(yes, node, tip), length + yes
-    tokens = F.pad(draft.tokens.gather(1, path.clamp_min(0)), (0, 1))
+    tokens = F.pad(proposed.gather(1, path.clamp_min(0)), (0, 1))
     tokens[item, length] = draw(rest, last_B)
     return Verdict(path, tokens)
 
