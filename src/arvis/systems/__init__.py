@@ -1,7 +1,7 @@
 """The registry: every published system, tokenizer, method and evaluation, one file each.
 
 A system's module offers `build(config)`, `PRESETS`, `RESULTS` (published numbers), `tiny()` (for the laws) and, where
-official weights exist, `KEYS` (key tables by part).
+official weights exist, `keys(config)` (key tables by part).
 """
 
 from __future__ import annotations
