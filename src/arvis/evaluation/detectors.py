@@ -63,6 +63,7 @@ class DetectorConfig:
     most: int = 8
     overlap: float = 0.25
     near: int = 32
+    blur: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Detector:
         self.config = config or DetectorConfig()
         self._cutouts = Cutouts(emoji or load_emoji(SIZE))
         self._looks = [(t.noun, c) for t in THINGS for c in ((None, *COLOURS) if t.colourable else (None,))]
+        self._powers: dict[tuple[int, int], np.ndarray] = {}
         self._sides = np.array([[self._cutouts.get(*look, p).shape[:0:-1] for p in PIXELS] for look in self._looks])
         self._groups = list(self._build())
 
@@ -118,11 +120,6 @@ class Detector:
                 nouns = [self._looks[i][0] for i in members]
                 kinds = list(dict.fromkeys(nouns))
                 colour, alpha = tiles[:, :3], tiles[:, 3]
-                norms = [
-                    (colour**2).sum((1, 2, 3)),
-                    *(colour * alpha[:, None]).sum((2, 3)).T,
-                    (alpha**2).sum((1, 2)),
-                ]
                 sides = np.array([halves[i].shape[1:] for i in members]).min(0)
                 yield _Group(
                     slack=(height - int(sides[0]), width - int(sides[1])),
@@ -135,7 +132,7 @@ class Detector:
                     alpha_MP=torch.from_numpy(
                         np.stack([alpha[nouns.index(kind)] for kind in kinds]).reshape(len(kinds), -1)
                     ),
-                    norms_A5=torch.from_numpy(np.stack(norms, 1)),
+                    norms_A5=torch.from_numpy(_norms(_blurred(tiles, self.config.blur / 2))),
                 )
 
     def _look(self, images_B3YX: np.ndarray) -> list[Seen]:  # noqa: N803
@@ -151,9 +148,10 @@ class Detector:
     def _search(self, rest_B3YX: np.ndarray, flat_B3: np.ndarray) -> list[np.ndarray]:  # noqa: N803
         """Candidates of each picture: rows of (gain, look, pixels, top, left), half a gain per pixel of the picture."""
         flat = torch.from_numpy(flat_B3)
-        half = F.avg_pool2d(torch.from_numpy(rest_B3YX), 2)
+        mean = rest_B3YX.reshape(*rest_B3YX.shape[:2], SIZE // 2, 2, SIZE // 2, 2).mean((3, 5))
+        half = torch.from_numpy(_twice_blurred(mean, self.config.blur / 2))
         half = torch.cat((half, torch.einsum("bc,bcyx->byx", flat, half)[:, None]), 1)
-        square = torch.cat((torch.ones(len(flat), 1), -2 * flat, (flat**2).sum(1, keepdim=True)), 1)  # B5
+        square = torch.from_numpy(_square(flat_B3))
         out = []
         for group in self._groups:
             # a window may hang over the lower and right edges as far as its narrowest object lets it
@@ -185,21 +183,23 @@ class Detector:
         rest_3YX = rest_3YX.copy()
         rows_C5 = rows_C5[rows_C5[:, 0] > 0]
         boxes_C4 = self._boxes(rows_C5)
-        merit_C = _merit(4 * rows_C5[:, 0], boxes_C4, rest_3YX)
+        merit_C = None
         for _ in range(3 * self.config.most):
+            soft_3YX, sums = _twice_blurred(rest_3YX, self.config.blur), _sums(rest_3YX, self.config.blur)
+            if merit_C is None:
+                merit_C = _merit(4 * rows_C5[:, 0], boxes_C4, sums)
             if not len(merit_C) or merit_C.max() <= 0:
                 return
-            close = _alike(boxes_C4, boxes_C4[int(merit_C.argmax())]) > 0.5
+            close = _alike(boxes_C4, boxes_C4[int(merit_C.argmax())]) > 0.4
             near = np.flatnonzero(close)
             near = near[np.argsort(-merit_C[near])[: self.config.near]]
-            best = max((self._exact(rest_3YX, flat_3, row) for row in rows_C5[near]), key=lambda exact: exact[0])
+            best = max((self._exact(soft_3YX, sums, flat_3, row) for row in rows_C5[near]), key=lambda e: e[0])
             _, look, pixels, box = best
             noun = self._looks[look][0]
-            tile = self._cutouts.get(*self._looks[look], pixels)
-            score = self._score(rest_3YX, flat_3, tile, box)
+            score = self._compare(rest_3YX, flat_3, look, pixels, box)[0]
             if score >= self.config.score:
                 yield Found(name=noun, colour=self._colour(rest_3YX, flat_3, noun, pixels, box), box=box, score=score)
-                rest_3YX[:, box[1] : box[3], box[0] : box[2]] *= tile[3] == 0
+                rest_3YX[:, box[1] : box[3], box[0] : box[2]] *= self._cutouts.get(*self._looks[look], pixels)[3] == 0
                 keep = _shared(boxes_C4, np.array(box)) <= self.config.overlap
             else:
                 keep = ~close
@@ -211,26 +211,38 @@ class Detector:
         return np.concatenate([corner_C2, corner_C2 + size_C2], 1)
 
     def _exact(
-        self, rest_3YX: np.ndarray, flat_3: np.ndarray, row_5: np.ndarray  # noqa: N803
+        self, soft_3YX: np.ndarray, sums: np.ndarray, flat_3: np.ndarray, row_5: np.ndarray  # noqa: N803
     ) -> tuple[float, int, int, Box]:
         """A candidate at full resolution, at its best place within two pixels: merit, look, pixels, box."""
         look, pixels = int(row_5[1]), int(row_5[2])
         drawn = _difference(self._cutouts.get(*self._looks[look], pixels), flat_3)
         height, width = drawn.shape[1:]
         top, left = (min(max(int(row_5[k]) - 1, 0), SIZE - side) for k, side in ((3, height), (4, width)))
-        part = rest_3YX[:, top : top + height + 3, left : left + width + 3]
+        part = soft_3YX[:, top : top + height + 3, left : left + width + 3]
         windows = np.lib.stride_tricks.sliding_window_view(part, (height, width), (1, 2))
-        gain = 2 * np.einsum("cyxhw,chw->yx", windows, drawn) - (drawn**2).sum()
+        gain = 2 * np.einsum("cyxhw,chw->yx", windows, drawn) - self._power(look, pixels) @ _square(flat_3)
         y, x = np.unravel_index(int(gain.argmax()), gain.shape)
         box = (left + int(x), top + int(y), left + int(x) + width, top + int(y) + height)
-        return (float(_merit(gain[y, x], np.array([box]), rest_3YX)[0]), look, pixels, box)
+        return (float(_merit(gain[y, x], np.array([box]), sums)[0]), look, pixels, box)
 
-    def _score(self, rest_3YX: np.ndarray, flat_3: np.ndarray, tile: np.ndarray, box: Box) -> float:  # noqa: N803
-        drawn = _difference(tile, flat_3)
-        part = rest_3YX[:, box[1] : box[3], box[0] : box[2]]
-        visible = part * (tile[3] > 0)
-        power = np.sqrt((visible**2).sum() * (drawn**2).sum())
-        return float((visible * drawn).sum() / max(power, 1e-9))
+    def _power(self, look: int, pixels: int) -> np.ndarray:
+        if (look, pixels) not in self._powers:
+            tile = self._cutouts.get(*self._looks[look], pixels).astype(np.float32) / 255
+            self._powers[look, pixels] = _norms(_blurred(tile[None], self.config.blur))[0]
+        return self._powers[look, pixels]
+
+    def _compare(
+        self, rest_3YX: np.ndarray, flat_3: np.ndarray, look: int, pixels: int, box: Box  # noqa: N803
+    ) -> tuple[float, float]:
+        """Correlation and squared error of an object with the picture around it, both blurred."""
+        tile = self._cutouts.get(*self._looks[look], pixels)
+        pad = _reach(self.config.blur)
+        drawn = _blurred(_difference(tile, flat_3)[None], self.config.blur)[0]
+        where = _blurred(tile[None, 3:].astype(np.float32) / 255, self.config.blur)[0] > 0.05
+        soft = _blurred(rest_3YX[None], self.config.blur)[0]
+        part = soft[:, box[1] : box[3] + 2 * pad, box[0] : box[2] + 2 * pad] * where
+        power = np.sqrt((part**2).sum() * (drawn**2).sum())
+        return float((part * drawn).sum() / max(power, 1e-9)), float(((part - drawn) ** 2).sum())
 
     def _colour(
         self, rest_3YX: np.ndarray, flat_3: np.ndarray, noun: str, pixels: int, box: Box  # noqa: N803
@@ -238,12 +250,8 @@ class Detector:
         """The painted variant that leaves the least error where the object was found."""
         if (noun, "red") not in self._looks:
             return None
-        part = rest_3YX[:, box[1] : box[3], box[0] : box[2]]
-        left_over = {}
-        for colour in COLOURS:
-            drawn = _difference(self._cutouts.get(noun, colour, pixels), flat_3)
-            left_over[colour] = float(((part - drawn) ** 2).sum())
-        return min(left_over, key=left_over.__getitem__)
+        looks = {colour: self._looks.index((noun, colour)) for colour in COLOURS}
+        return min(COLOURS, key=lambda c: self._compare(rest_3YX, flat_3, looks[c], pixels, box)[1])
 
 
 def _halved(tile_CHW: np.ndarray) -> np.ndarray:  # noqa: N803
@@ -277,17 +285,60 @@ def _alike(boxes_C4: np.ndarray, box_4: np.ndarray) -> np.ndarray:  # noqa: N803
     return common / ((boxes_C4[:, 2:] - boxes_C4[:, :2]).prod(1) + (box_4[2:] - box_4[:2]).prod() - common)
 
 
-def _merit(gain_C: np.ndarray, boxes_C4: np.ndarray, rest_3YX: np.ndarray) -> np.ndarray:  # noqa: N803
+def _merit(gain_C: np.ndarray, boxes_C4: np.ndarray, sums: np.ndarray) -> np.ndarray:  # noqa: N803
     """Gain times the share that it is of all there is to explain inside the box.
 
     The gain alone would prefer one large object over two small ones it covers in part; the share alone a small object
     over the large one it looks like a piece of.
     """
-    sums = np.zeros((SIZE + 1, SIZE + 1), np.float32)
-    sums[1:, 1:] = (rest_3YX**2).sum(0).cumsum(0).cumsum(1)
     x0, y0, x1, y1 = boxes_C4.clip(0, SIZE).T
     inside = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
     return np.asarray(gain_C).clip(0) ** 2 / inside.clip(1e-6)
+
+
+def _sums(rest_3YX: np.ndarray, sigma: float) -> np.ndarray:  # noqa: N803
+    """Sums of the squares of a blurred picture over all pixels above and left of each corner."""
+    pad = _reach(sigma)
+    soft = _blurred(rest_3YX[None], sigma)[0][:, pad : pad + SIZE, pad : pad + SIZE]
+    sums = np.zeros((SIZE + 1, SIZE + 1), np.float32)
+    sums[1:, 1:] = (soft**2).sum(0).cumsum(0).cumsum(1)
+    return sums
+
+
+def _square(flat: np.ndarray) -> np.ndarray:
+    """What |colour - alpha * flat|^2 needs of the background, [..., 3] -> [..., 5], against `_norms`."""
+    ones = np.ones_like(flat[..., :1])
+    return np.concatenate([ones, -2 * flat, (flat**2).sum(-1, keepdims=True)], -1)
+
+
+def _norms(tiles_A4YX: np.ndarray) -> np.ndarray:  # noqa: N803
+    colour, alpha = tiles_A4YX[:, :3], tiles_A4YX[:, 3:]
+    parts = [(colour**2).sum((1, 2, 3))[:, None], (colour * alpha).sum((2, 3)), (alpha**2).sum((2, 3))]
+    return np.concatenate(parts, 1)
+
+
+def _reach(sigma: float) -> int:
+    return max(1, round(3 * sigma))
+
+
+@lru_cache(maxsize=256)
+def _kernel(side: int, sigma: float) -> np.ndarray:
+    """The matrix of a Gaussian blur that keeps what spreads over the ends, float32 [side + 2 reach, side]."""
+    reach = _reach(sigma)
+    distance = np.arange(side + 2 * reach)[:, None] - reach - np.arange(side)
+    weight = np.exp(-(distance**2) / (2 * max(sigma, 1e-3) ** 2)) * (np.abs(distance) <= reach)
+    return (weight / weight.max(0).clip(1e-9) / np.exp(-np.arange(-reach, reach + 1.0) ** 2 / (2 * max(sigma, 1e-3) ** 2)).sum()).astype(np.float32)
+
+
+def _blurred(images: np.ndarray, sigma: float) -> np.ndarray:
+    """[..., Y, X] -> [..., Y + 2 reach, X + 2 reach]."""
+    return _kernel(images.shape[-2], sigma) @ images @ _kernel(images.shape[-1], sigma).T
+
+
+def _twice_blurred(images: np.ndarray, sigma: float) -> np.ndarray:
+    """[..., Y, X] of the same size, so that its product with F is that of the blurred images with the blurred F."""
+    down, across = (_kernel(side, sigma) for side in images.shape[-2:])
+    return (down.T @ down) @ images @ (across.T @ across)
 
 
 def _background(image_3YX: np.ndarray) -> tuple[str | None, np.ndarray]:  # noqa: N803
