@@ -24,7 +24,7 @@ ROOMS = (
     ("training", "data", "evaluation"),
     ("systems",),
     ("loading", "model", "recipes", "parity", "laws", "checks", "doctor"),
-    ("serving", "terminal", "cli"),
+    ("serving", "cli"),
 )
 """From the top of the house to its bottom; inside a room, too, a file imports only from those named before it."""
 

@@ -1,0 +1,150 @@
+"""Commands that make and measure pictures: generate, reconstruct, evaluate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from arvis import __version__, systems
+from arvis.cli.settings import Set
+from arvis.cli.terminal import place_for_folder, place_for_picture, progress
+from arvis.config import override, to_dict
+
+
+def generate(
+    prompt: Positional[str],
+    /,
+    model: str = systems.DEFAULT,
+    n: Annotated[int, arg(aliases=["-n"])] = 1,
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("out.png"),
+    seed: int = 0,
+    preview: bool = False,
+    image: Path | None = None,
+    mask: Path | None = None,
+    device: str = "auto",
+    set: Set = (),
+) -> None:
+    """Paint pictures of a prompt (or of a class, where the model has classes: give its number).
+
+    Args:
+        prompt: What to paint, such as "a red apple"; a class number for class-conditional models.
+        model: A model by name or folder; `arvis systems` lists the names.
+        n: How many pictures.
+        out: Where to write; several pictures become one grid.
+        seed: The same seed paints the same pictures.
+        preview: Write the picture after each step beside the result, too.
+        image: A picture to repaint in part, together with --mask.
+        mask: White where --image is painted anew.
+        device: cpu, cuda, or auto: a GPU where there is one.
+        set: Sampling settings, such as cfg_scale=3 top_k=100.
+    """
+    import arvis
+    from arvis.data.images import grid, read_image, save_image
+
+    began = time.perf_counter()
+    place_for_picture(out)
+    if mask is not None and max(read_image(mask).convert("L").tobytes()) < 128:
+        raise ValueError(f"{mask} has no white, and white marks what is painted anew")
+    loaded = arvis.load(model, device=device)
+    settings = _settings(set, loaded)
+    what: dict[str, Any] = {"prompt": prompt}
+    if "class_labels" in loaded.system.conditions:
+        what = {"class_labels": _number(prompt, loaded.name)}
+    ready = time.perf_counter()
+    request = {"model": loaded.name, **what, "n": n, "seed": seed, "settings": to_dict(loaded.sampling(settings))}
+    request |= {name: str(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
+    columns = next(c for c in range(1, n + 2) if c * c >= n)
+    last = None
+    with progress(None, "step") as bar:
+        for last in loaded.stream(**what, n=n, seed=seed, settings=settings, image=image, mask=mask):
+            bar.total = last.K
+            bar.update(last.k - bar.n)
+            if preview and not last.done:
+                about = {"arvis": __version__, "request": request, "step": last.k, "of": last.K}
+                save_image(grid(last.pictures(), columns), out.with_stem(f"{out.stem}-{last.k}"), about)
+    assert last is not None, "a stream has at least one step"
+    pictures, about = last.pictures(), {"arvis": __version__, "request": request}
+    save_image(grid(pictures, columns) if n > 1 else pictures[0], out, about)
+    spent = time.perf_counter() - ready
+    print(f"{out}: {n} picture{'s' * (n > 1)} in {spent:.1f} s ({n / spent:.1f}/s), loaded in {ready - began:.1f} s")
+
+
+def reconstruct(
+    pictures: Positional[tuple[Path, ...]],
+    /,
+    model: str = systems.DEFAULT,
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("out.png"),
+    device: str = "auto",
+) -> None:
+    """Show what a model's tokenizer keeps of pictures: originals above, reconstructions below.
+
+    Args:
+        pictures: Picture files.
+        model: A model by name or folder.
+        out: Where to write the pairs.
+        device: cpu, cuda, or auto: a GPU where there is one.
+    """
+    import arvis
+    from arvis.data.images import centre_crop, grid, read_image, save_image, to_tensor
+    from arvis.evaluation.metrics import psnr
+
+    if not pictures:
+        raise ValueError("give at least one picture to reconstruct")
+    place_for_picture(out)
+    opened = [read_image(path) for path in pictures]
+    loaded = arvis.load(model, device=device)
+    before = [centre_crop(image, loaded.size[0]) for image in opened]
+    after = loaded.reconstruct(before)
+    about = {"arvis": __version__, "model": loaded.name, "pictures": [path.name for path in pictures]}
+    save_image(grid([*before, *after], len(before)), out, about)
+    for path, a, b in zip(pictures, before, after, strict=True):
+        print(f"{path}: {float(psnr(to_tensor(a)[None], to_tensor(b)[None])):.2f} dB")
+
+
+def evaluate(
+    what: Positional[Literal["emoji"]] = "emoji",
+    /,
+    model: str = systems.DEFAULT,
+    out: Path = Path("evaluation"),
+    seed: int = 0,
+    quick: bool = False,
+    device: str = "auto",
+    set: Set = (),
+) -> None:
+    """Measure a model: reconstruction, retrieval by name, held-out compositions, the six scene skills, speed.
+
+    Args:
+        what: The benchmark.
+        model: A model by name or folder.
+        out: A folder for report.md, report.json and sample sheets.
+        seed: Chooses prompts and pictures.
+        quick: Fewer pictures, wider intervals.
+        device: cpu, cuda, or auto: a GPU where there is one.
+        set: Sampling settings, such as cfg_scale=3.
+    """
+    import arvis
+    from arvis.recipes import evaluate_emoji
+
+    place_for_folder(out)
+    loaded = arvis.load(model, device=device)
+    with progress(None, "picture") as bar:
+        report = evaluate_emoji(loaded, _settings(set, loaded), seed=seed, quick=quick, out=out, on_picture=bar.update)
+    print(report)
+    print(f"report: {out / 'report.md'}")
+
+
+def _settings(texts: Sequence[str], loaded: Any) -> dict[str, Any]:
+    """--set key=value as sampling settings, checked against the model's."""
+    changed = to_dict(override(loaded.sampling(), list(texts)))
+    return {name: value for name, value in changed.items() if any(t.split("=")[0].strip() == name for t in texts)}
+
+
+def _number(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} paints classes: give a class number instead of {text!r}") from None
