@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,15 @@ class Condition(NamedTuple):
     context: tuple[Tensor, Tensor | None] | None = None
 
 
+class Conditioner(Protocol):
+    """An nn.Module from raw conditions to a `Condition`; `prepare` reads the names in `conditions` from a request."""
+
+    conditions: tuple[str, ...]
+
+    def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]: ...
+    def __call__(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> Condition: ...
+
+
 class ScaleTransformer(nn.Module):
     """The transformer over scales: embed, blocks, head. The conditioner and the blocks are given.
 
@@ -33,7 +42,7 @@ class ScaleTransformer(nn.Module):
 
     def __init__(
         self,
-        conditioner: nn.Module,
+        conditioner: Conditioner,
         blocks: Sequence[AdaLNBlock],
         *,
         layout: Layout,
@@ -45,7 +54,7 @@ class ScaleTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.layout, self.width = layout, width
-        self.conditioner = conditioner
+        self.conditioner: Conditioner = conditioner
         self.word = nn.Linear(channels, width)
         self.start_position = nn.Parameter(torch.zeros(1, layout.sizes[0], width))
         self.position = nn.Parameter(torch.zeros(1, layout.n, width))

@@ -47,7 +47,7 @@ def run(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     tokens = system.tokenizer.encode(io["image"], layout)
     yield from _tokenizer(system, io["image"], tokens, runs["tokenizer"])
     yield from _teacher(system, tokens, io["labels"], runs["teacher_forcing"]["null_class"])
-    yield from _sampled(system, io["labels"], runs["ar"])
+    yield from _sampled(system, io["labels"], runs["ar"], runs["teacher_forcing"]["null_class"])
     yield from _filtered(io["filter_in"], runs["filter"])
     yield from _smooth(system, io["labels"], io["smooth_exp_noise"], runs["smooth"])
     yield from _edited(system, tokens, runs["edit"])
@@ -111,7 +111,7 @@ def _teacher(system: VAR, tokens: Tensor, labels: Tensor, null_class: int) -> It
     yield "mask_visible", torch.ones(layout.n, layout.n) if visible is None else visible[0, 0]
 
 
-def _sampled(system: VAR, labels: Tensor, given: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _sampled(system: VAR, labels: Tensor, given: Mapping[str, Any], null_class: int) -> Iterator[tuple[str, Tensor]]:
     cond, noise = _cond(system, labels), Noise.of(0, len(labels))
     s = system.start(cond, _greedy(given), noise)
     for _ in walk(system, s):
@@ -124,7 +124,7 @@ def _sampled(system: VAR, labels: Tensor, given: Mapping[str, Any]) -> Iterator[
     yield "ar_logits_guided", _follow(system, s, tokens)
     k, v = (_streams(store[0]) for store in (s.cache["trunk"].k, s.cache["trunk"].v))
     if given["cfg"] == 0:  # then nothing needs the null row here, but the official code computes it all the same
-        null = _cond(system, torch.full_like(labels, system.transformer.conditioner.num_classes))
+        null = _cond(system, torch.full_like(labels, null_class))
         s = _roomy(system.start(null, VARSampling.plain(), noise))
         _follow(system, s, tokens)
         k, v = (torch.cat((a, _streams(b[0]))) for a, b in ((k, s.cache["trunk"].k), (v, s.cache["trunk"].v)))

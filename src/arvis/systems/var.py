@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arvis.dist import Categorical, Dist
 from arvis.nn.adaln import AdaLNBlock, OwnModulation, SharedModulation
 from arvis.nn.cache import Cache
-from arvis.nn.scales import Condition, ScaleTransformer
+from arvis.nn.scales import Condition, Conditioner, ScaleTransformer
 from arvis.noise import Source
 from arvis.orders import by_level
 from arvis.published import File, Preset, Result
@@ -147,9 +147,10 @@ class VAR(nn.Module):
             cache={"trunk": Cache(items, layout.offsets[-2])},
             more={"f": self.tokenizer.start(items, layout), **c},
         )
-        for k in range(s.given_groups()):  # the next predict feeds them in one pass
-            span = torch.arange(layout.offsets[k], layout.offsets[k + 1])[None]
-            self.commit(s, Categorical(span, torch.empty(0)), given.at(span).value)
+        if given is not None:
+            for k in range(s.given_groups()):  # the next predict feeds them in one pass
+                span = torch.arange(layout.offsets[k], layout.offsets[k + 1])[None]
+                self.commit(s, Categorical(span, torch.empty(0)), given.at(span).value)
         return s
 
     def predict(self, s: State) -> Categorical:
@@ -270,7 +271,7 @@ def build(config: VARConfig) -> VAR:
     return assemble(config, ClassConditioner(config.num_classes, config.width))
 
 
-def assemble(config: VARConfig, conditioner: nn.Module, context_width: int = 0) -> VAR:
+def assemble(config: VARConfig, conditioner: Conditioner, context_width: int = 0) -> VAR:
     """A freshly initialised model over scales with any conditioner; its blocks read a context if it has a width."""
     blocks = [adaln_block(config, i, context_width) for i in range(config.depth)]
     transformer = ScaleTransformer(
