@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,9 @@ BATCH = 64
 
 MOST_BYTES = 2**30
 """Pixels that one call returns at most."""
+
+RANGES = {"temperature": (0.0, math.inf), "top_k": (0, math.inf), "top_p": (0.0, 1.0)}
+"""What sampling settings of these names can be, in every system that has them; 0 turns the filters off."""
 
 Picture = Image.Image | str | Path
 
@@ -88,10 +92,19 @@ class Model:
         return picture_size(self.system)
 
     def sampling(self, settings: Mapping[str, Any] | None = None) -> Any:
-        """The sampling settings, with changes; ConfigError naming the nearest for an unknown one."""
+        """The sampling settings, with changes; ConfigError naming the nearest for an unknown one, ValueError for a
+        number that is none of its kind."""
         kind = self.system.Sampling
         known = {f.name for f in fields(kind)}
-        return from_dict(kind, {**{k: v for k, v in self.settings.items() if k in known}, **(settings or {})})
+        out = from_dict(kind, {**{k: v for k, v in self.settings.items() if k in known}, **(settings or {})})
+        for name, value in to_dict(out).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is a number, got {value}")
+            low, high = RANGES.get(name, (-math.inf, math.inf))
+            if isinstance(value, int | float) and not low <= value <= high:
+                most = f" and at most {high:g}" if math.isfinite(high) else ""
+                raise ValueError(f"{name} is at least {low:g}{most}, got {value}")
+        return out
 
     # -- pictures -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arvis import systems
 from arvis.config import from_dict, override, to_dict
 from arvis.data import open_data
-from arvis.data.batches import Batches, BatchesConfig
+from arvis.data.batches import Batches, BatchesConfig, Dataset
 from arvis.data.images import grid, save_image, to_bytes
 from arvis.loading import picture_size, resolve_device
 from arvis.noise import Noise
@@ -140,7 +140,14 @@ def train(request: TrainRequest, on_step: OnStep | None = None) -> FitResult:
     slug, name, preset = systems.preset(request.name)
     config = override(preset.config() if request.config is None else request.config, list(request.set))
     with torch.device("meta"):
-        size = request.size or picture_size(systems.system(slug).build(config))[0]
+        system = systems.system(slug).build(config)
+    own = picture_size(system)[0]
+    size = request.size or own
+    if request.stage == "generator" and size != own:
+        raise ValueError(f"{name} paints pictures of {own} pixels, got size={size}")
+    if request.levels < 0:
+        raise ValueError(f"levels is how many coarse levels are learned (0: all), got {request.levels}")
+    system.tokenizer.layout((size, size))  # refuses sizes that are no pictures of it
     data = open_data(request.data, size, request.fit.seed)
     batches = Batches(data, BatchesConfig(batch=request.fit.batch, seed=request.fit.seed))
     device = resolve_device(request.device)
@@ -273,14 +280,14 @@ class GeneratorStage(nn.Module):
 
 
 @torch.no_grad()
-def tokenizer_psnr(system: Any, data: str, size: int, most: int = 256) -> tuple[float, int]:
-    """How well the tokenizer shows pictures of a data set: mean PSNR in dB, of how many (at most `most`)."""
+def tokenizer_psnr(system: Any, data: Dataset, most: int = 256) -> float:
+    """How well the tokenizer shows pictures of a data set: mean PSNR in dB of the first ones, at most `most`."""
     from arvis.evaluation.metrics import psnr
 
-    pictures = Batches(open_data(data, size), BatchesConfig(batch=1, shuffle=False))
+    pictures = Batches(data, BatchesConfig(batch=1, shuffle=False))
     device, layout, values = next(system.parameters()).device, system.tokenizer.layout(), []
-    for step in range(min(most, len(pictures.dataset))):
+    for step in range(min(most, len(data))):
         x = pictures.batch_at(step)["image"].to(device)
         y = system.tokenizer.decode(system.tokenizer.encode(x, layout), layout)
         values.append(float(psnr(to_bytes(x), to_bytes(y))))
-    return sum(values) / len(values), len(values)
+    return sum(values) / len(values)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -17,10 +19,15 @@ from arvis.config import to_dict
 
 def list_systems() -> None:
     """List the systems, their models, and what they are."""
+    from arvis.loading import SHIPPED
+
     for slug, row in systems.SYSTEMS.items():
         print(f"{slug:<16} {row.kind:<12} {row.title}")
         for name, preset in systems.system(slug).PRESETS.items():
-            print(f"    {name:<24} {preset.licence or 'no published weights'}")
+            where = (
+                "in the box, " if (SHIPPED / name).is_dir() else "from the hub, " if preset.files else "to be trained, "
+            )
+            print(f"    {name:<24} {where}{preset.licence or 'no licence is known'}")
 
 
 def info(name: Positional[str], /) -> None:
@@ -36,7 +43,7 @@ def info(name: Positional[str], /) -> None:
 
         loaded = arvis.load(Path(name))
         slug, full, config, system = loaded.slug, loaded.name, loaded.config, loaded.system
-        files, licence, sampling = {}, loaded.source.get("licence"), loaded.sampling()
+        files, licence, sampling = {}, loaded.source.get("licence") or "unknown", loaded.sampling()
     else:
         slug, full, preset = systems.preset(name)
         config = preset.config()
@@ -58,7 +65,8 @@ def info(name: Positional[str], /) -> None:
     for result in getattr(systems.system(slug), "RESULTS", ()):
         if result.preset == full:
             print(f"  published    {result.metric} {result.value} ({result.settings}; {result.source})")
-    print(json.dumps(to_dict(config), indent=2))
+    for line in _lines(to_dict(config), "model."):
+        print(f"  {line}")
 
 
 def parity(slug: Positional[str], /, fixture: Path | None = None, keys: Path | None = None) -> None:
@@ -147,8 +155,29 @@ def convert(
 
 
 def doctor() -> None:
-    """Say what this machine has, what arvis makes of it, and what to do about what is missing."""
+    """Say what this machine has, what arvis makes of it, and what to do about what is missing.
+
+    Exits with 1 where arvis cannot work.
+    """
     from arvis import doctor as room
 
+    heading, broken = "", False
     for finding in room.examine():
-        print(finding)
+        if finding.heading != heading:
+            heading = finding.heading
+            print(heading)
+        print(f"  {finding.name:<16} {finding.value}")
+        if finding.fix:
+            print(f"  {'':<16} -> {finding.fix}")
+        broken |= finding.broken
+    sys.exit(1 if broken else 0)
+
+
+def _lines(values: dict[str, Any], path: str) -> Iterator[str]:
+    """A configuration as the overrides that --set takes."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{path}{name}.")
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"')
+            yield f"{path}{name}={'none' if value is None else shown}"

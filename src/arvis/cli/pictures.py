@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def generate(
     ready = time.perf_counter()
     request = {"model": loaded.name, **what, "n": n, "seed": seed, "settings": to_dict(loaded.sampling(settings))}
     request |= {name: str(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
-    columns = next(c for c in range(1, n + 2) if c * c >= n)
+    columns = math.isqrt(max(n - 1, 0)) + 1
     last = None
     with progress(None, "step") as bar:
         for last in loaded.stream(**what, n=n, seed=seed, settings=settings, image=image, mask=mask):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from arvis import systems
 from arvis.cli.settings import Set
 from arvis.cli.terminal import first_process, log_lines, place_for_folder, progress
 from arvis.config import override
+
+GOOD = 24.0
+"""PSNR in dB from which a tokenizer is not what holds a fine-tuned model back."""
 
 
 def train(
@@ -84,8 +88,10 @@ def finetune(
     """
     import arvis
     from arvis import recipes
-    from arvis.data.folders import FolderSource
+    from arvis.data.folders import FolderSource, open_folder
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"finetune is for one process; torchrun takes arvis train --init MODEL --data {folder}")
     source, start = FolderSource(folder), run / "start"
     request = recipes.resumed(run) if resume else None
     if request is None:
@@ -93,12 +99,15 @@ def finetune(
         recipes.refuse_existing(run)
         place_for_folder(run)
         request = recipes.finetuning(loaded, folder, run, loaded.save_pretrained(start))
-        psnr, examined = recipes.tokenizer_psnr(loaded.system, str(folder), loaded.size[0])
-        verdict = "good" if psnr >= 24 else "it will be the bottleneck: train a tokenizer of your own for better"
-        print(f"{len(source)} pictures; the tokenizer shows {examined} of them at {psnr:.1f} dB on average ({verdict})")
+        pictures = open_folder(folder, loaded.size[0])
+        psnr = recipes.tokenizer_psnr(loaded.system, pictures)
+        verdict = "good" if psnr >= GOOD else "it will be the bottleneck: a tokenizer trained on them would show more"
+        broken = f", {len(pictures.skipped)} of them unreadable" * bool(pictures.skipped)
+        print(f"{len(source)} pictures{broken}; the tokenizer shows them at {psnr:.1f} dB ({verdict})")
+        if "prompt" in loaded.system.conditions and not source.record(0).caption:
+            print("no captions and no class folders: they are learned without a prompt, and painted by the prompt ''")
     _train(replace(request, data=str(folder), device=device), steps, minutes, set)
-    if first_process():
-        print(f"try: arvis generate {_example(source, request)} --model {run / 'model'}")
+    print(f"try: arvis generate {_example(source, request)} --model {run / 'model'}")
 
 
 def _train(request: Any, steps: int | None, minutes: float | None, set: Sequence[str]) -> None:
