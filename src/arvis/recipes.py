@@ -5,7 +5,7 @@ A run leaves the whole system in `run/model`, so that the next stage, sampling a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,10 @@ from arvis import systems
 from arvis.config import from_dict, override, to_dict
 from arvis.data import open_data
 from arvis.data.batches import Batches, BatchesConfig, Dataset
-from arvis.data.images import grid, save_image, to_bytes
+from arvis.data.emoji import load_emoji
+from arvis.data.images import grid, save_image, to_bytes, to_pil, to_tensor
+from arvis.evaluation.emoji import EmojiEvaluation, EmojiReport, evaluate
+from arvis.evaluation.metrics import psnr
 from arvis.loading import picture_size, resolve_device
 from arvis.noise import Noise
 from arvis.training import checkpoint, distributed, folder
@@ -282,8 +285,6 @@ class GeneratorStage(nn.Module):
 @torch.no_grad()
 def tokenizer_psnr(system: Any, data: Dataset, most: int = 256) -> float:
     """How well the tokenizer shows pictures of a data set: mean PSNR in dB of the first ones, at most `most`."""
-    from arvis.evaluation.metrics import psnr
-
     pictures = Batches(data, BatchesConfig(batch=1, shuffle=False))
     device, layout, values = next(system.parameters()).device, system.tokenizer.layout(), []
     for step in range(min(most, len(data))):
@@ -291,3 +292,40 @@ def tokenizer_psnr(system: Any, data: Dataset, most: int = 256) -> float:
         y = system.tokenizer.decode(system.tokenizer.encode(x, layout), layout)
         values.append(float(psnr(to_bytes(x), to_bytes(y))))
     return sum(values) / len(values)
+
+
+def evaluate_emoji(
+    model: Any,
+    settings: dict[str, Any],
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    on_picture: Callable[[int], object] = lambda n: None,
+) -> EmojiReport:
+    """The emoji benchmark of a text-to-image `Model`; report.md, report.json and a sheet of samples go to `out`.
+
+    ValueError for a model that takes no prompts or has pictures of another size.
+    """
+    if "prompt" not in model.system.conditions or model.size != (64, 64):
+        raise ValueError(f"the emoji benchmark is for models of prompts at 64 x 64 pixels, {model.name} is not one")
+
+    def paint(prompts: list[str], painted: int) -> Tensor:
+        return torch.stack([to_tensor(p) for p in model.generate(prompts, seed=painted, settings=settings)])
+
+    def reconstruct(images: Tensor) -> Tensor:
+        return torch.stack([to_tensor(p) for p in model.reconstruct([to_pil(x) for x in images])])
+
+    config = EmojiEvaluation(seed=seed)
+    if quick:
+        config = replace(config, names=100, scenes=12, pictures=50)
+    about = {"model": model.name, **model.settings, **settings}
+    report = evaluate(paint, reconstruct, config, about, on_picture)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = load_emoji(64).split("train").rows
+        names = [rows[i].name for i in Noise.of(seed).uniform("sheet", 0, (len(rows),))[0].argsort()[:24].tolist()]
+        save_image(grid(paint(names, seed), 8), out / "samples.png", {"prompts": names, "settings": about})
+        checkpoint.write_text(out / "report.md", report.to_markdown() + f"\nSamples: {', '.join(names)}.\n")
+        checkpoint.write_text(out / "report.json", report.to_json())
+    return report
