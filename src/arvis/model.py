@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -268,7 +268,7 @@ class Model:
                 continue
             if name not in takes:
                 raise ValueError(f"{self.name} takes {' and '.join(takes) or 'no condition'}, not {name}={value!r}")
-            out[name] = [value] if isinstance(value, str) or not hasattr(value, "__len__") else list(value)
+            out[name] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
             if not out[name]:
                 raise ValueError(f"{name} is empty; give at least one")
         wrong = [p for p in out.get("prompt", ()) if not isinstance(p, str)]
