@@ -74,14 +74,16 @@ def brush_64() -> BrushConfig:
 
 CONFIG = BrushConfig
 
+_SCHEDULE = {"warmup": 50, "schedule": "cosine", "final": 0.02, "ema": 0.995}
+
 PRESETS = {
     "brush-64": Preset(
         config=brush_64,
         licence="Apache-2.0",
         sampling={"cfg_scale": 2.0, "top_k": 200, "top_p": 0.9},
         training={
-            "tokenizer": {"steps": 1400, "batch": 64, "lr": 1e-3, "warmup": 50, "schedule": "cosine", "ema": 0.995},
-            "generator": {"steps": 4000, "batch": 64, "lr": 1e-3, "warmup": 100, "schedule": "cosine", "ema": 0.995},
+            "tokenizer": {"steps": 2000, "batch": 64, "lr": 1e-3, **_SCHEDULE, "clip": 1.0, "weight_decay": 0.01},
+            "generator": {"steps": 2500, "batch": 64, "lr": 3e-3, **_SCHEDULE, "muon": ("trunk",)},
         },
     )
 }
