@@ -59,7 +59,7 @@ class DetectorConfig:
     search are examined pixel by pixel for each object.
     """
 
-    score: float = 0.7
+    score: float = 0.75
     most: int = 8
     overlap: float = 0.25
     near: int = 32
@@ -199,7 +199,7 @@ class Detector:
             score = self._compare(rest_3YX, flat_3, look, pixels, box)[0]
             if score >= self.config.score:
                 yield Found(name=noun, colour=self._colour(rest_3YX, flat_3, noun, pixels, box), box=box, score=score)
-                rest_3YX[:, box[1] : box[3], box[0] : box[2]] *= self._cutouts.get(*self._looks[look], pixels)[3] == 0
+                self._remove(rest_3YX, look, pixels, box)
                 keep = _shared(boxes_C4, np.array(box)) <= self.config.overlap
             else:
                 keep = ~close
@@ -243,6 +243,15 @@ class Detector:
         part = soft[:, box[1] : box[3] + 2 * pad, box[0] : box[2] + 2 * pad] * where
         power = np.sqrt((part**2).sum() * (drawn**2).sum())
         return float((part * drawn).sum() / max(power, 1e-9)), float(((part - drawn) ** 2).sum())
+
+    def _remove(self, rest_3YX: np.ndarray, look: int, pixels: int, box: Box) -> None:  # noqa: N803
+        """Take an object out, with a rim of one pixel that blurring may have put around it."""
+        hidden = np.zeros((SIZE + 2, SIZE + 2), bool)
+        solid = self._cutouts.get(*self._looks[look], pixels)[3] > 0
+        for y in range(3):
+            for x in range(3):
+                hidden[box[1] + y : box[3] + y, box[0] + x : box[2] + x] |= solid
+        rest_3YX *= ~hidden[1:-1, 1:-1]
 
     def _colour(
         self, rest_3YX: np.ndarray, flat_3: np.ndarray, noun: str, pixels: int, box: Box  # noqa: N803
