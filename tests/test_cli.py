@@ -1,0 +1,442 @@
+"""The command line as a stranger uses it: what is written, what is said, and how a mistake is told."""
+
+import errno
+import functools
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import arvis
+from arvis import cli, loading
+from arvis.cli import terminal
+from arvis.cli.settings import each_set
+from arvis.config import to_dict
+from arvis.data.images import read_image, read_metadata
+from small import built, halves, picture, small
+
+ROOT = Path(__file__).parents[1]
+FAST = ("fit.batch=2", "fit.precision=float32", "fit.warmup=0", "fit.compile=false")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, a tiny model as the one in the box, and small models `brush` and `var` in folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "SHIPPED", tmp_path / "box")
+    small("brush").save_pretrained(tmp_path / "box" / "brush-64")
+    small("var").save_pretrained("classes")
+    return tmp_path
+
+
+@pytest.fixture
+def pictures():
+    for kind in ("cat", "red_dog"):
+        Path("pictures", kind).mkdir(parents=True)
+        for i in range(3):
+            picture(seed=i).save(f"pictures/{kind}/{i}.png")
+    Path("pictures/cat/broken.png").write_bytes(b"nonsense")
+
+
+def run(*args: str) -> None:
+    cli.main(list(args))
+
+
+@pytest.fixture
+def refused(capsys):
+    """What a command says when it refuses: one line."""
+
+    def refuse(*args: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(*args)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and not out
+        assert re.fullmatch(r"arvis: [^\n]+\n", err), err
+        return err
+
+    return refuse
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_grid_with_the_request_in_it(capsys):
+    run("generate", "red apple", "-n", "3", "-o", "deep/apple.png", "--seed", "5", "--set", "top_k=2", "cfg_scale=1")
+    assert "deep/apple.png: 3 pictures in" in capsys.readouterr().out
+    sheet = read_image("deep/apple.png")
+    assert sheet.size == (50, 50), "two columns of 24 pixels and the gap"
+    about = read_metadata("deep/apple.png")
+    assert about is not None and about["arvis"] == arvis.__version__
+    request = about["request"]
+    assert (request["prompt"], request["model"], request["n"], request["seed"]) == ("red apple", "brush-tiny", 3, 5)
+    assert request["settings"] == {"cfg_scale": 1.0, "top_k": 2, "top_p": 0.96, "temperature": 1.0}
+    again = arvis.load("brush").generate(request["prompt"], n=1, seed=5, settings=request["settings"])[0]
+    assert sheet.crop((0, 0, 24, 24)).tobytes() == again.tobytes(), "the request paints it again"
+
+
+def test_generate_previews_after_each_scale():
+    run("generate", "red apple", "-o", "a.png", "--preview")
+    assert sorted(p.name for p in Path().glob("*.png")) == ["a-1.png", "a-2.png", "a.png"]
+    about = read_metadata("a-2.png")
+    assert about is not None and (about["step"], about["of"]) == (2, 3)
+
+
+def test_generate_with_classes():
+    run("generate", "1", "--model", "classes", "-o", "a.jpg")
+    about = read_metadata("a.jpg")
+    assert about is not None and about["request"]["class_labels"] == 1
+
+
+def test_generate_paints_a_part_anew():
+    picture(48).save("image.png")
+    halves().save("mask.png")
+    run("generate", "red apple", "--image", "image.png", "--mask", "mask.png", "-o", "a.png")
+    about = read_metadata("a.png")
+    assert about is not None and (about["request"]["image"], about["request"]["mask"]) == ("image.png", "mask.png")
+    plain = arvis.load("brush").generate("red apple", image="image.png", mask="mask.png")[0]
+    assert read_image("a.png").tobytes() == plain.tobytes()
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    run("generate", "red apple")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run("generate", "red apple")
+    assert "3/3" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("RANK", "1")
+    run("generate", "red apple")
+    assert not sys.stderr.getvalue(), "one process of several draws"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("-n", "0"), "at least 1, got 0"),
+        (("-n", "-1"), "at least 1, got -1"),
+        (("-n", "1000000000"), "GiB; one call makes at most"),
+        (("-o", "."), "is a folder; give the name of a picture"),
+        (("-o", "a.txt"), "does not end in .png"),
+        (("-o", "a.bmp"), "does not end in .png"),
+        (("-o", "file/a.png"), "file is a file"),
+        (("--model", "brsh"), "nearest: brush"),
+        (("--model", "./nothing"), "no file or folder nothing"),
+        (("--model", "file"), "does not say which system"),
+        (("--model", "classes"), "give a class number instead of 'red apple'"),
+        (("--set", "cfgscale=1"), "did you mean cfg_scale?"),
+        (("--set", "cfg_scale"), "expected name=value, got 'cfg_scale'"),
+        (("--set", "top_k=many"), "top_k: expected int, got 'many'"),
+        (("--set", "top_p=2"), "at most 1, got 2"),
+        (("--mask", "half.png"), "a mask without an image"),
+        (("--image", "half.png"), "an image without a mask"),
+        (("--image", "half.png", "--mask", "nothing.png"), "no picture at nothing.png"),
+        (("--image", "broken.png", "--mask", "half.png"), "cannot decode broken.png"),
+        (("--image", "half.png", "--mask", "black.png"), "black.png has no white"),
+        (("--device", "toaster"), "no device 'toaster'"),
+    ],
+)
+def test_generate_tells_mistakes(refused, args, told):
+    Path("file").write_text("text")
+    halves().save("half.png")
+    Image.new("L", (48, 48)).save("black.png")
+    Path("broken.png").write_bytes(Path("half.png").read_bytes()[:60])
+    assert told in refused("generate", "red apple", *args)
+    assert not Path("out.png").exists()
+
+
+def test_reconstruct_shows_pairs(capsys, refused):
+    for i in range(3):
+        picture(seed=i).save(f"{i}.png")
+    run("reconstruct", "0.png", "1.png", "2.png", "-o", "pairs.png")
+    assert read_image("pairs.png").size == (3 * 26 - 2, 50)
+    assert re.search(r"^1\.png: \d+\.\d\d dB$", capsys.readouterr().out, re.MULTILINE)
+    assert "at least one" in refused("reconstruct")
+    assert "no picture at 7.png" in refused("reconstruct", "7.png")
+
+
+def test_evaluate_is_for_models_of_the_emoji_world(refused):
+    assert "64 x 64" in refused("evaluate", "emoji")
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_both_stages_resume_and_paint(capsys, pictures, refused):
+    config = to_dict(built("brush")[1])
+    tiny = [*(f"model.{name}={json.dumps(part)}" for name, part in config.items()), *FAST]
+    asked = ("train", "brush", "--data", "pictures", "--steps", "2")
+    run(*asked, "--stage", "tokenizer", "--run", "tok", "--set", *tiny)
+    out, err = capsys.readouterr()
+    assert "done at step 2 of 2" in out and f"model: {Path('tok/model')}" in out
+    assert "step 2 of 2: loss" in err and "images/s" in err and "skipped pictures/cat/broken.png" in err
+    run(*asked, "--init", "tok/model", "--run", "gen", "--minutes", "1e-6", "--set", *tiny)
+    assert "time at step 1 of 2; --resume goes on" in capsys.readouterr().out
+    assert "already holds a run" in refused(*asked, "--init", "tok/model", "--run", "gen")
+    assert "is a run of brush-64 --stage generator" in refused(
+        "train", "brush", "--stage", "tokenizer", "--run", "gen", "--resume"
+    )
+    run("train", "brush", "--run", "gen", "--resume")
+    assert "done at step 2 of 2" in capsys.readouterr().out
+    run("generate", "cat", "--model", "gen/model")
+    assert read_image("out.png").size == (24, 24)
+    run("info", "gen/model")
+    assert "model.scale.depth=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("brsh",), "nearest: brush"),
+        (("brush",), "give its folder with --init"),
+        (("brush", "--resume"), "holds no run to resume"),
+        (("brush", "--stage", "tokenizer", "--data", "nowhere"), "no data set 'nowhere'"),
+        (("brush", "--stage", "tokenizer", "--data", "empty"), "no pictures in empty"),
+        (("brush", "--stage", "tokenizer", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("brush", "--stage", "tokenizer", "--minutes", "-1"), "more than 0, got -1"),
+        (("brush", "--stage", "tokenizer", "--set", "fit.lrr=1"), "did you mean fit.lr?"),
+        (("brush", "--stage", "tokenizer", "--set", "model.scale.dept=1"), "did you mean scale.depth?"),
+        (("brush", "--stage", "tokenizer", "--set", "sise=1"), "did you mean size?"),
+        (("brush", "--stage", "tokenizer", "--run", "file"), "file is a file"),
+        (("brush", "--init", "nothing"), "no file or folder nothing"),
+    ],
+)
+def test_train_tells_mistakes(refused, args, told):
+    Path("empty").mkdir()
+    Path("file").write_text("text")
+    assert told in refused("train", *args)
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(capsys, pictures):
+    with pytest.raises(SystemExit) as end:
+        asked = ("--steps", "9", "--set", *FAST, "fit.lr=1e38", "fit.clip=0", "fit.schedule=constant")
+        run("finetune", "pictures", "--model", "brush", "--run", "nan", *asked)
+    assert end.value.code == 2
+    assert re.search(r"^arvis: loss = (nan|inf).* at step \d+ with lr", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_finetune_a_folder_then_paint_from_it(capsys, pictures, refused):
+    run("finetune", "pictures", "--run", "mine", "--steps", "2", "--set", *FAST)
+    out = capsys.readouterr().out
+    first, *_, last = out.splitlines()
+    assert re.match(r"7 pictures, 1 of them unreadable; the tokenizer shows them at \d+\.\d dB \(", first)
+    assert last == f'try: arvis generate "cat" --model {Path("mine/model")}'
+    assert "already holds a run" in refused("finetune", "pictures", "--run", "mine")
+    run("finetune", "pictures", "--run", "mine", "--steps", "3", "--resume")
+    assert "done at step 3 of 3" in capsys.readouterr().out
+    run(*shlex.split(last.removeprefix("try: arvis ")))
+    about = read_metadata("out.png")
+    assert about is not None and about["request"]["prompt"] == "cat"
+
+
+def test_finetune_without_captions_says_so(capsys):
+    Path("plain").mkdir()
+    for i in range(2):
+        picture(seed=i).save(f"plain/{i}.png")
+    run("finetune", "plain", "--steps", "1", "--set", *FAST)
+    assert "no captions and no class folders" in capsys.readouterr().out
+
+
+def test_finetune_of_classes_names_a_number(capsys, pictures):
+    run("finetune", "pictures", "--model", "classes", "--steps", "1", "--set", *FAST)
+    assert "try: arvis generate 0 --model" in capsys.readouterr().out
+
+
+def test_finetune_tells_mistakes(refused, pictures, monkeypatch):
+    Path("empty").mkdir()
+    assert "no pictures in empty" in refused("finetune", "empty")
+    assert "nowhere does not exist" in refused("finetune", "nowhere")
+    assert "no model is called" in refused("finetune", "pictures", "--model", "nothing")
+    assert "holds no run to resume" in refused("finetune", "pictures", "--resume")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "for one process" in refused("finetune", "pictures")
+
+
+# -- systems and files ------------------------------------------------------------------------------------------------
+
+
+def test_systems_lists_every_model(capsys):
+    run("systems")
+    out = capsys.readouterr().out
+    assert re.search(r"^brush +system", out, re.MULTILINE) and re.search(r"brush-64 +in the box, Apache", out)
+    assert re.search(r"var-d30 +from the hub, MIT", out)
+
+
+def test_info_of_a_published_model_and_of_a_folder(capsys, refused):
+    run("info", "var-d16")
+    out = capsys.readouterr().out
+    assert re.search(r"transformer +310\.28 M parameters  FoundationVision/var/var_d16\.pth", out)
+    assert "680 tokens in 10 groups: 1x1, 2x2" in out and "published    FID 3.55" in out and "model.depth=16" in out
+    run("info", "classes")
+    assert "licence      MIT" in capsys.readouterr().out
+    assert "no model is called" in refused("info", "nothing")
+
+
+def test_convert_in_both_directions(monkeypatch, capsys, refused):
+    """Files with official names become a folder of ours that paints the same, and the same files again."""
+    from arvis import systems
+    from arvis.published import File, Preset
+
+    parts = {part: File(repo="nobody/nothing", name=part) for part in ("tokenizer", "transformer")}
+    tiny = Preset(config=lambda: built("var")[1], files=parts, licence="MIT", sampling={"top_k": 3})
+    monkeypatch.setitem(systems.system("var").PRESETS, "var-tiny", tiny)
+    run("convert", "classes", "official", "--official")
+    assert "official/transformer.safetensors: 38 tensors" in capsys.readouterr().out.replace(os.sep, "/")
+    assert "class_emb.weight" in load_file("official/transformer.safetensors")
+    files = [f"{part}=official/{part}.safetensors" for part in parts]
+    run("convert", "var-tiny", "ours", "--weights", *files)
+    assert "var-tiny, licence MIT" in capsys.readouterr().out
+    ours = arvis.load(Path("ours"))
+    assert ours.settings == {"top_k": 3}
+    request = {"class_labels": 1, "settings": {"top_k": 0}}
+    assert ours.generate(**request)[0].tobytes() == small("var").generate(**request)[0].tobytes()
+    run("convert", "ours", "again", "--official")
+    for part in parts:
+        assert Path(f"again/{part}.safetensors").read_bytes() == Path(f"official/{part}.safetensors").read_bytes()
+    assert "PART=FILE" in refused("convert", "var-tiny", "x", "--weights", "tokenizer")
+    assert "no part 'vae'" in refused("convert", "var-tiny", "x", "--weights", "vae=y")
+    assert "no file nothing.pth" in refused("convert", "var-tiny", "x", "--weights", "tokenizer=nothing.pth")
+    assert "no official files" in refused("convert", "brush", "x", "--official")
+    assert "one of the two" in refused("convert", "ours", "x", "--official", "--weights", *files)
+    assert "holds no model of arvis" in refused("convert", "ours", "official")
+
+
+def test_parity_and_check_say_what_there_is_not(refused):
+    assert "nearest: var" in refused("parity", "vra")
+    assert "nothing.json" in refused("parity", "var", "--keys", "nothing.json")
+    assert "no recording" in refused("parity", "var", "--fixture", "nothing")
+    assert "no system is called" in refused("check", "nothing")
+
+
+def test_check_prints_claims_and_exits_by_them(monkeypatch, capsys):
+    from arvis import checks
+
+    claims = [checks.at_least("a", 2, 1), checks.at_most("b", 2, 1)]
+    monkeypatch.setattr(checks, "run", lambda slug, mutants, on_step: on_step() or claims)
+    with pytest.raises(SystemExit) as end:
+        run("check", "var")
+    assert end.value.code == 1 and capsys.readouterr().out.splitlines() == [str(claim) for claim in claims]
+
+
+def test_doctor_groups_what_it_finds(capsys):
+    with pytest.raises(SystemExit) as end:
+        run("doctor")
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and re.search(r"^versions\n  python +3\.", out, re.MULTILINE) and "\ndevice\n" in out
+
+
+# -- the frame --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_may_follow_one_flag_or_several():
+    apart = ["generate", "--set", "a=1", "--set", "b.c=2", "prompt", "x=y"]
+    assert each_set(["generate", "--set", "a=1", "b.c=2", "prompt", "x=y"]) == apart == each_set(apart)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.png"), "the disk is full: .*a.png"),
+        (OSError(errno.EACCES, "Permission denied", "a.png"), r"a\.png: Permission denied"),
+        (ValueError("two\n  lines"), "two lines"),
+        (KeyError("no model is called 'x'"), "no model is called 'x'"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory; fewer pictures"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory; fewer pictures"),
+    ],
+)
+def test_errors_in_one_line(error, told):
+    assert re.fullmatch(rf"{told}.*", terminal.told(error) or "")
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    assert terminal.told(KeyError("name")) is None and terminal.told(RuntimeError("shapes differ")) is None
+    monkeypatch.setenv("ARVIS_TRACEBACK", "1")
+    with pytest.raises(KeyError, match="nearest"):
+        run("info", "brsh")
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "read_pretrained", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run("generate", "red apple")
+    assert end.value.code == 130 and capsys.readouterr().err == "arvis: interrupted\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_few_flags_each_with_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(name, "--help")
+    out = capsys.readouterr().out
+    flags = set(re.findall(r"^│ (?:-\w(?: \w+)?, )?--([\w-]+)", out, re.MULTILINE)) - {"help", "set"}
+    assert end.value.code == 0 and len(flags) <= 8, flags
+    code = cli.COMMANDS[name].__code__
+    documented = set(re.findall(r"^        (\w+): ", cli.COMMANDS[name].__doc__ or "", re.MULTILINE))
+    assert documented == set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/training.md", "CONTRIBUTING.md"])
+def test_commands_in_the_texts_are_understood(page, monkeypatch):
+    """Each line that begins with `arvis` in a block of shell is parsed, not run."""
+    called = []
+
+    def recorded(name):
+        @functools.wraps(cli.COMMANDS[name])
+        def command(*args, **kwargs):
+            called.append(name)
+
+        return command
+
+    for name in list(cli.COMMANDS):
+        monkeypatch.setitem(cli.COMMANDS, name, recorded(name))
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in re.findall(r"^arvis (.*)$", block, re.MULTILINE)]
+    for line in lines:
+        run(*shlex.split(line, comments=True))
+    assert len(called) == sum("--version" not in line for line in lines)
+    if page == "docs/commands.md":
+        assert set(called) == set(cli.COMMANDS), "each command has an example"
+
+
+def test_the_python_of_the_readme_runs():
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    space: dict = {}
+    exec(block[1], space)
+    assert space["model"].name == "brush-tiny"
+
+
+def test_the_version_is_printed(capsys):
+    run("--version")
+    assert capsys.readouterr().out == f"arvis {arvis.__version__}\n"
+
+
+def test_a_real_process(place):
+    """A picture and a mistake, as the shell sees them."""
+
+    def arvis_(*args: str, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "arvis.cli", *args]
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=env, **options)
+
+    painted = arvis_("generate", "red apple", "--model", "box/brush-64", "-o", "a.png")
+    assert painted.returncode == 0 and not painted.stderr and Path("a.png").is_file()
+    wrong = arvis_("generate", "red apple", "--model", "brsh")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "arvis: no model is called 'brsh'; nearest: brush\n"
