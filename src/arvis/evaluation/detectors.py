@@ -23,6 +23,7 @@ from arvis.data.scenes import COUNTS, RELATIONS, Box, Scene
 
 SIZE = 64
 PIXELS = tuple(range(20, 60, 4))  # every size that scenes of 64 x 64 draw objects at
+_RANK = 96  # of the templates of a group, in the coarse search
 _CELL = 4  # templates are grouped by their height and width at half resolution, rounded up to multiples of this
 
 
@@ -73,12 +74,11 @@ class _Group:
     pixels: int
     height: int
     width: int
-    look_A: np.ndarray  # index of the look of each template
-    noun_A: np.ndarray  # row of its alpha in alpha_MP
-    colour_AP: Tensor  # premultiplied, P = 3 * height * width
-    alpha_MP: Tensor  # P = height * width
+    look_A: Tensor  # index of the look of each template
+    basis_PR: Tensor  # premultiplied colour and minus alpha of the templates, P = 4 * height * width, are ...
+    weight_RA: Tensor  # ... nearly half the product of these two
     slack: tuple[int, int]  # how much smaller than height and width the smallest template is
-    norms_A5: Tensor  # sums of colour^2, of colour * alpha for each channel, of alpha^2
+    norms_5A: Tensor  # sums of colour^2, of colour * alpha for each channel, of alpha^2
 
 
 class Detector:
@@ -117,22 +117,19 @@ class Detector:
                 tiles = np.zeros((len(members), 4, height, width), np.float32)
                 for row, i in enumerate(members):
                     tiles[row, :, : halves[i].shape[1], : halves[i].shape[2]] = halves[i]
-                nouns = [self._looks[i][0] for i in members]
-                kinds = list(dict.fromkeys(nouns))
-                colour, alpha = tiles[:, :3], tiles[:, 3]
+                norms = _norms(_blurred(tiles, self.config.blur / 2))
+                tiles[:, 3] *= -1
+                basis_PR, weight_RA = _low_rank(tiles.reshape(len(members), -1), _RANK)
                 sides = np.array([halves[i].shape[1:] for i in members]).min(0)
                 yield _Group(
-                    slack=(height - int(sides[0]), width - int(sides[1])),
                     pixels=pixels,
                     height=height,
                     width=width,
-                    look_A=np.array(members),
-                    noun_A=np.array([kinds.index(noun) for noun in nouns]),
-                    colour_AP=torch.from_numpy(colour.reshape(len(members), -1).copy()),
-                    alpha_MP=torch.from_numpy(
-                        np.stack([alpha[nouns.index(kind)] for kind in kinds]).reshape(len(kinds), -1)
-                    ),
-                    norms_A5=torch.from_numpy(_norms(_blurred(tiles, self.config.blur / 2))),
+                    slack=(height - int(sides[0]), width - int(sides[1])),
+                    look_A=torch.tensor(members, dtype=torch.float32),
+                    basis_PR=basis_PR,
+                    weight_RA=weight_RA,
+                    norms_5A=torch.from_numpy(norms).T,
                 )
 
     def _look(self, images_B3YX: np.ndarray) -> list[Seen]:  # noqa: N803
@@ -158,17 +155,15 @@ class Detector:
             edge = F.pad(half, (0, group.slack[1], 0, group.slack[0]))
             windows = edge.unfold(2, group.height, 1).unfold(3, group.width, 1)
             count, _, down, across = windows.shape[:4]
-            colour = windows[:, :3].permute(0, 2, 3, 1, 4, 5).reshape(count * down * across, -1)
-            alpha = windows[:, 3].reshape(count * down * across, -1)
-            gain = colour @ group.colour_AP.T
-            gain -= (alpha @ group.alpha_MP.T)[:, group.noun_A]
-            gain = gain.mul_(2).view(count, down * across, -1) - (square @ group.norms_A5.T)[:, None]
+            flattened = windows.permute(0, 2, 3, 1, 4, 5).reshape(count * down * across, -1)
+            gain = (flattened @ group.basis_PR) @ group.weight_RA
+            gain = gain.view(count, down * across, -1).sub_((square @ group.norms_5A)[:, None])
             best, which = gain.topk(min(4, gain.shape[-1]), -1)
             place = torch.arange(down * across)[None, :, None].expand_as(which)
             rows = torch.stack(
                 (
                     best,
-                    torch.from_numpy(group.look_A)[which].float(),
+                    group.look_A[which],
                     torch.full_like(best, group.pixels),
                     2.0 * (place // across),
                     2.0 * (place % across),
@@ -211,7 +206,11 @@ class Detector:
         return np.concatenate([corner_C2, corner_C2 + size_C2], 1)
 
     def _exact(
-        self, soft_3YX: np.ndarray, sums: np.ndarray, flat_3: np.ndarray, row_5: np.ndarray  # noqa: N803
+        self,
+        soft_3YX: np.ndarray,
+        sums: np.ndarray,
+        flat_3: np.ndarray,
+        row_5: np.ndarray,  # noqa: N803
     ) -> tuple[float, int, int, Box]:
         """A candidate at full resolution, at its best place within two pixels: merit, look, pixels, box."""
         look, pixels = int(row_5[1]), int(row_5[2])
@@ -232,7 +231,12 @@ class Detector:
         return self._powers[look, pixels]
 
     def _compare(
-        self, rest_3YX: np.ndarray, flat_3: np.ndarray, look: int, pixels: int, box: Box  # noqa: N803
+        self,
+        rest_3YX: np.ndarray,
+        flat_3: np.ndarray,
+        look: int,
+        pixels: int,
+        box: Box,  # noqa: N803
     ) -> tuple[float, float]:
         """Correlation and squared error of an object with the picture around it, both blurred."""
         tile = self._cutouts.get(*self._looks[look], pixels)
@@ -254,7 +258,12 @@ class Detector:
         rest_3YX *= ~hidden[1:-1, 1:-1]
 
     def _colour(
-        self, rest_3YX: np.ndarray, flat_3: np.ndarray, noun: str, pixels: int, box: Box  # noqa: N803
+        self,
+        rest_3YX: np.ndarray,
+        flat_3: np.ndarray,
+        noun: str,
+        pixels: int,
+        box: Box,  # noqa: N803
     ) -> str | None:
         """The painted variant that leaves the least error where the object was found."""
         if (noun, "red") not in self._looks:
@@ -271,6 +280,14 @@ def _halved(tile_CHW: np.ndarray) -> np.ndarray:  # noqa: N803
     height, width = (side + side % 2 for side in tile.shape[1:])
     tile = np.pad(tile, ((0, 0), (0, height - tile.shape[1]), (0, width - tile.shape[2])))
     return tile.reshape(4, height // 2, 2, width // 2, 2).mean((2, 4))
+
+
+def _low_rank(matrix_AP: np.ndarray, rank: int) -> tuple[Tensor, Tensor]:  # noqa: N803
+    """[P, R] and [R, A] whose product is the best approximation of the transpose, times two."""
+    tall = torch.from_numpy(matrix_AP)
+    _, vectors_AR = torch.linalg.eigh((tall @ tall.T).double())
+    weight_AR = vectors_AR[:, -rank:].float()
+    return 2 * tall.T @ weight_AR, weight_AR.T.contiguous()
 
 
 def _difference(tile_4YX: np.ndarray, flat_3: np.ndarray) -> np.ndarray:  # noqa: N803
@@ -336,7 +353,11 @@ def _kernel(side: int, sigma: float) -> np.ndarray:
     reach = _reach(sigma)
     distance = np.arange(side + 2 * reach)[:, None] - reach - np.arange(side)
     weight = np.exp(-(distance**2) / (2 * max(sigma, 1e-3) ** 2)) * (np.abs(distance) <= reach)
-    return (weight / weight.max(0).clip(1e-9) / np.exp(-np.arange(-reach, reach + 1.0) ** 2 / (2 * max(sigma, 1e-3) ** 2)).sum()).astype(np.float32)
+    return (
+        weight
+        / weight.max(0).clip(1e-9)
+        / np.exp(-(np.arange(-reach, reach + 1.0) ** 2) / (2 * max(sigma, 1e-3) ** 2)).sum()
+    ).astype(np.float32)
 
 
 def _blurred(images: np.ndarray, sigma: float) -> np.ndarray:
@@ -402,8 +423,6 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
         right = len(seen.of(first.name)) == counts[first.name]
     elif scene.skill == "position":
         asked = next(r for r in RELATIONS if f" {r} " in scene.caption)
-        right = any(
-            asked in relation(a.box, b.box) for a in seen.of(first.name)[:1] for b in seen.of(last.name)[:1]
-        )
+        right = any(asked in relation(a.box, b.box) for a in seen.of(first.name)[:1] for b in seen.of(last.name)[:1])
     background = seen.background == scene.background
     return {"skill": right, "background": background, "caption": right and there and exact and background}
