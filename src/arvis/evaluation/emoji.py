@@ -18,8 +18,9 @@ from torch import Tensor
 
 from arvis.data.emoji import Emoji, load_emoji
 from arvis.data.scenes import SKILLS, Scene, Scenes, ScenesConfig
-from arvis.evaluation.detectors import Detector, judge
+from arvis.evaluation.detectors import Detector
 from arvis.evaluation.metrics import psnr, ssim
+from arvis.evaluation.skills import judge
 from arvis.evaluation.statistics import Rate
 from arvis.noise import Noise
 
