@@ -178,7 +178,7 @@ def test_train_both_stages_resume_and_paint(capsys, pictures, refused):
     config = to_dict(built("brush")[1])
     tiny = [*(f"model.{name}={json.dumps(part)}" for name, part in config.items()), *FAST]
     asked = ("train", "brush", "--data", "pictures", "--steps", "2")
-    run(*asked, "--stage", "tokenizer", "--run", "tok", "--set", *tiny)
+    run(*asked, "--stage", "tokenizer", "--run", "tok", "--set", *tiny, "fit.batch=4")  # two batches read all seven
     out, err = capsys.readouterr()
     assert "done at step 2 of 2" in out and f"model: {Path('tok/model')}" in out
     assert "step 2 of 2: loss" in err and "images/s" in err and "skipped pictures/cat/broken.png" in err

@@ -67,6 +67,7 @@ def generate(
             if preview and not last.done:
                 about = {"arvis": __version__, "request": request, "step": last.k, "of": last.K}
                 save_image(grid(last.pictures(), columns), out.with_stem(f"{out.stem}-{last.k}"), about)
+        bar.refresh()  # steps may be quicker than the bar is redrawn
     assert last is not None, "a stream has at least one step"
     pictures, about = last.pictures(), {"arvis": __version__, "request": request}
     save_image(grid(pictures, columns) if n > 1 else pictures[0], out, about)
