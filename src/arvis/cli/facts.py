@@ -24,10 +24,8 @@ def list_systems() -> None:
     for slug, row in systems.SYSTEMS.items():
         print(f"{slug:<16} {row.kind:<12} {row.title}")
         for name, preset in systems.system(slug).PRESETS.items():
-            where = (
-                "in the box, " if (SHIPPED / name).is_dir() else "from the hub, " if preset.files else "to be trained, "
-            )
-            print(f"    {name:<24} {where}{preset.licence or 'no licence is known'}")
+            found = "in the box" if (SHIPPED / name).is_dir() else "on the hub" if preset.files else "to be trained"
+            print(f"    {name:<24} {found}, licence {preset.licence or 'unknown'}")
 
 
 def info(name: Positional[str], /) -> None:
