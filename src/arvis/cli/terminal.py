@@ -52,7 +52,8 @@ def told(error: Exception) -> str | None:
             words = " ".join(str(error.args[0]).split()) if error.args else ""
             return words if " " in words else None  # a bare key is a fault of ours
         case OSError(errno=errno.ENOSPC):
-            return f"the disk is full: {text.removeprefix(f'[Errno {errno.ENOSPC}] ')}"
+            text = text.removeprefix(f"[Errno {errno.ENOSPC}] ")
+            return text if "disk is full" in text else f"the disk is full: {text}; free some space or write elsewhere"
         case OSError(strerror=str(reason), filename=name) if name is not None:
             return f"{name}: {reason}"
         case OSError(strerror=str(reason)):
