@@ -29,7 +29,7 @@ def fetch(
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     what = f"{file} of {repo}" + (f" at {revision}" if revision != "main" else "")
-    hand = "or download it by hand and pass its path (--weights FILE)"
+    hand = "or download it by hand and convert it (arvis convert NAME FOLDER --weights PART=FILE)"
     why = "local files only were asked for"
     try:
         if not local_files_only:
