@@ -220,7 +220,7 @@ def test_fetch_answers_from_the_cache_and_checks(tmp_path):
     assert same(read(found))
     with pytest.raises(WeightsError, match="has the checksum"):
         fetch("someone/weights", "x.pth", cache_dir=tmp_path, local_files_only=True, sha256="0" * 64)
-    with pytest.raises(WeightsError, match=r"y\.pth of someone/weights is not in the cache.*--weights FILE"):
+    with pytest.raises(WeightsError, match=r"y\.pth of someone/weights is not in the cache.*--weights PART=FILE"):
         fetch("someone/weights", "y.pth", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(WeightsError, match="owner/name"):
         fetch("not a repo/at/all", "y.pth", cache_dir=tmp_path, local_files_only=True)
@@ -268,7 +268,7 @@ def test_every_answer_of_the_hub_is_told(tmp_path):
     assert told["RevisionNotFound"] == "RevisionNotFound/weights has no revision v9; leave it out for the newest"
     assert "no repository RepoNotFound/weights" in told["RepoNotFound"]
     assert "accept" in told["GatedRepo"] and "hf auth login" in told["GatedRepo"]
-    assert "not in the cache and the hub cannot be reached" in told["Down"] and "--weights FILE" in told["Down"]
+    assert "not in the cache and the hub cannot be reached" in told["Down"] and "--weights PART=FILE" in told["Down"]
 
 
 @pytest.mark.parametrize("write", [torch.save, save_file])
