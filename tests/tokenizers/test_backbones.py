@@ -1,5 +1,7 @@
 """The two backbones of the pyramid tokenizer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,12 @@ def test_attention_sits_at_the_lowest_resolution_and_in_the_middle():
     assert names == {"down.2.attn.0", "mid.attn_1"}
     names = {n.split(".norm")[0] for n, _ in CNNDecoder(CNN).named_parameters() if "attn" in n and ".norm" in n}
     assert names == {"up.2.attn.0", "up.2.attn.1", "mid.attn_1"}
+    names = {n for n, _ in CNNDecoder(replace(CNN, decoder_sa=False)).named_parameters() if "attn" in n}
+    assert {n.split(".norm")[0] for n in names if ".norm" in n} == {"mid.attn_1"}
+
+
+def test_a_variational_encoder_gives_twice_the_channels():
+    assert CNNEncoder(replace(CNN, double_z=True))(torch.randn(1, 3, 8, 8)).shape == (1, 12, 2, 2)
 
 
 def test_patches_see_each_other_and_know_their_place():
@@ -75,8 +83,8 @@ def test_refinement_crosses_the_borders_of_patches():
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 4"):
         PatchEncoder(PATCH)(torch.randn(1, 3, 18, 16))
-    with pytest.raises(ValueError, match="multiple of 32"):
-        CNNConfig(ch=48)
+    with pytest.raises(ValueError, match="32 or 24 groups"):
+        CNNConfig(ch=40)
     with pytest.raises(ValueError, match="even"):
         PatchConfig(patch=5)
 

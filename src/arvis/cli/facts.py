@@ -82,12 +82,17 @@ def parity(slug: Positional[str], /, fixture: Path | None = None, keys: Path | N
         report = room.map_keys(slug, keys)
         print(report)
         sys.exit(0 if report.ok else 1)
-    rows = room.run(slug, room.find(slug) if fixture is None else room.Fixture(fixture))
-    for row in rows:
-        print(row)
-    failed = [row for row in rows if not row.ok]
-    print(f"{len(rows) - len(failed)} of {len(rows)} tensors of {slug} agree with the official recording")
-    sys.exit(1 if failed else 0)
+    found = [room.find(name) for name in room.recordings(slug)] if fixture is None else [room.Fixture(fixture)]
+    broken = False
+    for recording in found:
+        rows = room.run(slug, recording)
+        for row in rows:
+            print(row)
+        failed = [row for row in rows if not row.ok]
+        agree = f"{len(rows) - len(failed)} of {len(rows)} tensors of {recording.slug}"
+        print(f"{agree} agree with the official recording")
+        broken |= bool(failed)
+    sys.exit(1 if broken else 0)
 
 
 def check(slug: Positional[str], /, mutants: bool = False) -> None:

@@ -12,6 +12,7 @@ from arvis.parity.harness import (
     find,
     map_keys,
     places,
+    recordings,
     run,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "find",
     "map_keys",
     "places",
+    "recordings",
     "run",
 ]

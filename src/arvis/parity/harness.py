@@ -6,6 +6,7 @@ and how closely it must be reproduced). The file of a system here offers
 
     run(fixture)         yields (name, tensor) for every output of a recording, computed by our system
     skeleton(layout)     our module on the meta device and its key table, for a key layout
+    RECORDINGS           the recordings that it runs, where they are not the one that has the system's name
 """
 
 from __future__ import annotations
@@ -139,6 +140,11 @@ def covered(slug: str) -> bool:
     return find_spec(_home(slug)) is not None
 
 
+def recordings(slug: str) -> tuple[str, ...]:
+    """The names of the recordings that a system's runner reproduces."""
+    return getattr(_runner(slug), "RECORDINGS", (slug,))
+
+
 def _home(slug: str) -> str:
     return f"{__package__}.{slug.replace('-', '_')}"
 
@@ -155,8 +161,9 @@ def run(slug: str, fixture: Fixture) -> list[Row]:
     Where the runner breaks off, what it had not computed by then is not covered, and the rows say why.
     """
     runner = _runner(slug)
-    if fixture.slug != slug:
-        raise ParityError(f"{fixture.folder} is a recording of {fixture.slug!r}, not of {slug!r}")
+    if fixture.slug not in recordings(slug):
+        known = " and ".join(map(repr, recordings(slug)))
+        raise ParityError(f"{fixture.folder} is a recording of {fixture.slug!r}, not of {known}")
     found: dict[str, Tensor] = {}
     note = ""
     with torch.no_grad():

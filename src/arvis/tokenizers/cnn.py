@@ -16,7 +16,8 @@ from torch import Tensor, nn
 class CNNConfig:
     """Channels are `ch` times `ch_mult` per resolution; each resolution after the first halves the map.
 
-    `using_sa` puts attention after every block of the lowest resolution, `using_mid_sa` between the two middle blocks.
+    `using_sa` puts attention after every block of the lowest resolution (`decoder_sa`: there in the decoder, too),
+    `using_mid_sa` between the two middle blocks. `double_z` makes the encoder give a mean and a log variance.
     """
 
     ch: int = 160
@@ -25,11 +26,13 @@ class CNNConfig:
     in_channels: int = 3
     z_channels: int = 32
     using_sa: bool = True
+    decoder_sa: bool = True
     using_mid_sa: bool = True
+    double_z: bool = False
 
     def __post_init__(self) -> None:
-        if self.ch % 32:
-            raise ValueError(f"group normalisation has 32 groups: ch must be a multiple of 32, got {self.ch}")
+        if self.ch % 32 and self.ch % 24:
+            raise ValueError(f"group normalisation has 32 or 24 groups: ch must be a multiple of one, got {self.ch}")
 
     @property
     def downsample(self) -> int:
@@ -38,7 +41,7 @@ class CNNConfig:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(24 if channels % 32 else 32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -133,7 +136,7 @@ class Stage(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Images [B, in_channels, H, W] -> maps [B, z_channels, H / downsample, W / downsample]."""
+    """Images [B, in_channels, H, W] -> maps [B, z_channels (twice with `double_z`), H / downsample, W / downsample]."""
 
     def __init__(self, config: CNNConfig) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class CNNEncoder(nn.Module):
             self.down.append(Stage(channels, config.using_sa and level == last, downsample=down))
         self.mid = Middle(widths[-1], config.using_mid_sa)
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels * (1 + config.double_z), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -173,7 +176,8 @@ class CNNDecoder(nn.Module):
             before = widths[min(level + 1, last)]
             channels = [before, *[width] * (config.num_res_blocks + 1)]
             up = Upsample(width) if level > 0 else None
-            self.up.append(Stage(channels, config.using_sa and level == last, upsample=up))
+            attention = config.using_sa and config.decoder_sa and level == last
+            self.up.append(Stage(channels, attention, upsample=up))
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
