@@ -227,11 +227,8 @@ class TokenizerStage(nn.Module):
         self._config, self._shown = request.loss, first[:12]
         if request.init is None:
             with torch.no_grad():
-                self.tokenizer.quantize.init_(
-                    self.tokenizer.features(first),
-                    self.tokenizer.layout(tuple(first.shape[2:])),
-                    Noise.of(request.fit.seed),
-                )
+                layout = self.tokenizer.layout(tuple(first.shape[2:]))
+                self.tokenizer.init_(self.tokenizer.features(first), layout, Noise.of(request.fit.seed))
         self._perceptual = [perceptual(request.lpips)] if request.lpips else []  # in a list: no part of checkpoints
 
     @property
@@ -269,7 +266,7 @@ class GeneratorStage(nn.Module):
             system.prepare({"prompt": [""], "class_labels": [len(classes) - 1]})
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
-        return [self.system.transformer]
+        return [part for name, part in self.system.parts().items() if name != "tokenizer"]
 
     def loss(self, batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
         return self.system.loss({**batch, "levels": self.levels}, noise)

@@ -8,7 +8,7 @@ import torch
 from arvis.noise import Noise
 from arvis.tokenizers import PatchConfig, PyramidVQ, PyramidVQConfig
 from arvis.training.adversarial import Adversary, AdversaryConfig
-from arvis.training.tokenizer_losses import TokenizerLossConfig, codebook_metrics, tokenizer_loss
+from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
 
 PATCH = PatchConfig(patch=4, grid=(4, 4), width=32, heads=2, z_channels=6, encoder_depth=1, decoder_depth=1, refine=8)
 NOISE = Noise.of(0)
@@ -60,7 +60,7 @@ def test_validation_changes_nothing_and_training_tends_the_codebook(tokenizer, b
 def test_usage_per_level_comes_from_the_average_of_hits(tokenizer):
     hits = tokenizer.quantize.ema_vocab_hit_SV
     hits[0, 0], hits[1, :4], hits[2] = 8.0, 2.0, 1.0
-    found = codebook_metrics(tokenizer)
+    found = tokenizer.metrics()
     assert [found[f"usage_{k}"].item() for k in range(3)] == [1 / 64, 4 / 64, 1]
     assert torch.allclose(torch.stack([found[f"perplexity_{k}"] for k in range(3)]), torch.tensor([1.0, 4, 64]))
 

@@ -22,7 +22,7 @@ from arvis.quant.vq import nearest, nearest_cosine, straight_through
 from arvis.tokens import Layout
 
 if TYPE_CHECKING:
-    from arvis.noise import Noise
+    from arvis.noise import Source
 
 Target = Callable[[Tensor, Tensor, int, Layout], Tensor]
 """(rest, f, k, layout) -> what level k has to code, [B, C, h_k, w_k]; rest = f minus what is coded already."""
@@ -246,7 +246,7 @@ class MultiScaleVQ(nn.Module):
         update_hits_(self.ema_vocab_hit_SV, hits_SV, updates)
 
     @torch.no_grad()
-    def init_(self, f: Tensor, layout: Layout, noise: Noise, at: int = 0) -> None:
+    def init_(self, f: Tensor, layout: Layout, noise: Source, at: int = 0) -> None:
         """Sets the table to random encoder vectors, as if every level were coded without error.
 
         All levels are equally likely, so that the few cells of the coarse ones find enough codes.
@@ -257,7 +257,7 @@ class MultiScaleVQ(nn.Module):
         self.embedding.weight.copy_(pick(vectors, self.config.size, noise, at, weight_BN))
 
     @torch.no_grad()
-    def revive_(self, f: Tensor, layout: Layout, noise: Noise, at: int, threshold: float = 0.05) -> int:
+    def revive_(self, f: Tensor, layout: Layout, noise: Source, at: int, threshold: float = 0.05) -> int:
         """Sets the codes with less than `threshold` of the mean hits to vectors of the batch `f`; says how many.
 
         A vector is the likelier the more error its code leaves in the full map. Revived codes get the mean hits, so

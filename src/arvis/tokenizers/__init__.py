@@ -1,10 +1,13 @@
 """Images <-> tokens: one file per idea."""
 
+from arvis.tokenizers.backbone import Backbone, chosen, coder
 from arvis.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
 from arvis.tokenizers.patch import PatchConfig, PatchDecoder, PatchEncoder
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
+from arvis.tokenizers.trainable import Trainable
 
 __all__ = [
+    "Backbone",
     "CNNConfig",
     "CNNDecoder",
     "CNNEncoder",
@@ -13,4 +16,7 @@ __all__ = [
     "PatchEncoder",
     "PyramidVQ",
     "PyramidVQConfig",
+    "Trainable",
+    "chosen",
+    "coder",
 ]

@@ -18,7 +18,7 @@ class PatchConfig:
     """`width` channels per patch of `patch` pixels; `grid` is the size at which positions are stored.
 
     `encoder_depth` and `decoder_depth` count blocks; `refine` is the width of the convolutions at half resolution that
-    smooth the borders of the patches.
+    smooth the borders of the patches; `double_z` makes the encoder give a mean and a log variance.
     """
 
     patch: int = 8
@@ -31,6 +31,7 @@ class PatchConfig:
     encoder_depth: int = 2
     decoder_depth: int = 2
     refine: int = 16
+    double_z: bool = False
 
     def __post_init__(self) -> None:
         if self.patch % 2 or self.width % self.heads:
@@ -89,14 +90,14 @@ class _Grid(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Images [B, in_channels, H, W] -> maps [B, z_channels, H / patch, W / patch]."""
+    """Images [B, in_channels, H, W] -> maps [B, z_channels (twice with `double_z`), H / patch, W / patch]."""
 
     def __init__(self, config: PatchConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Linear(config.in_channels * config.patch**2, config.width)
         self.grid = _Grid(config, config.encoder_depth)
-        self.head = nn.Linear(config.width, config.z_channels)
+        self.head = nn.Linear(config.width, config.z_channels * (1 + config.double_z))
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.config.patch

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from arvis.quant.base import Quantized
 from arvis.quant.multiscale import MultiScaleVQ, MultiScaleVQConfig, Target, area, area_target, to_rows
-from arvis.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
-from arvis.tokenizers.patch import PatchConfig, PatchDecoder, PatchEncoder
+from arvis.quant.usage import perplexity, used_by_average
+from arvis.tokenizers.backbone import Backbone, chosen, coder
+from arvis.tokenizers.cnn import CNNConfig
+from arvis.tokenizers.patch import PatchConfig
 from arvis.tokens import Layout, Space, pyramid
 
 if TYPE_CHECKING:
-    from arvis.noise import Noise
+    from arvis.noise import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +40,12 @@ class PyramidVQConfig:
     patch: PatchConfig | None = None
 
     def __post_init__(self) -> None:
-        if (self.cnn is None) == (self.patch is None):
-            raise ValueError(f"exactly one of cnn and patch is the backbone, got {self.cnn=} {self.patch=}")
         if self.backbone.z_channels != self.z_channels:
             raise ValueError(f"the backbone's z_channels {self.backbone.z_channels} must equal {self.z_channels}")
 
     @property
-    def backbone(self) -> CNNConfig | PatchConfig:
-        if self.cnn is not None:
-            return self.cnn
-        assert self.patch is not None
-        return self.patch
+    def backbone(self) -> Backbone:
+        return chosen(self.cnn, self.patch)
 
     @property
     def downsample(self) -> int:
@@ -67,11 +64,7 @@ class PyramidVQ(nn.Module):
     def __init__(self, config: PyramidVQConfig, target: Target = area_target) -> None:
         super().__init__()
         self.config = config
-        backbone = config.backbone
-        if isinstance(backbone, CNNConfig):
-            self.encoder, self.decoder = CNNEncoder(backbone), CNNDecoder(backbone)
-        else:
-            self.encoder, self.decoder = PatchEncoder(backbone), PatchDecoder(backbone)
+        self.encoder, self.decoder = coder(config.backbone)
         quantize = MultiScaleVQConfig(
             size=config.vocab_size,
             width=config.z_channels,
@@ -107,13 +100,13 @@ class PyramidVQ(nn.Module):
         return f.to(torch.promote_types(f.dtype, torch.float32))
 
     @torch.no_grad()
-    def encode(self, x: Tensor, layout: Layout | None = None, noise: Noise | None = None) -> Tensor:
+    def encode(self, x: Tensor, layout: Layout | None = None, noise: Source | None = None) -> Tensor:
         """Tokens [B, N, 1] of images; the layout's last level must have the size of the features."""
         return self.quantize.encode(self.features(x), layout or self.layout(tuple(x.shape[2:])))
 
     @torch.no_grad()
     def decode(
-        self, tokens: Tensor, layout: Layout | None = None, known: Tensor | None = None, noise: Noise | None = None
+        self, tokens: Tensor, layout: Layout | None = None, known: Tensor | None = None, noise: Source | None = None
     ) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of tokens [B, N, 1]; of `known` [B, N] only levels wholly known are added."""
         layout = layout or self.layout()
@@ -186,3 +179,22 @@ class PyramidVQ(nn.Module):
         """The training pass: reconstruction, not clamped, and what the quantiser says."""
         quantized = self.quantize(self.features(x), layout or self.layout(tuple(x.shape[2:])))
         return self.reconstruct(quantized.values), quantized
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def quantized(self, f: Tensor, layout: Layout, noise: Source) -> Quantized:
+        return self.quantize(f, layout)
+
+    def init_(self, f: Tensor, layout: Layout, noise: Source) -> None:
+        self.quantize.init_(f, layout, noise)
+
+    def tend_(self, f: Tensor, tokens: Tensor, layout: Layout, noise: Source, updates: int, below: float | None) -> int:
+        self.quantize.record_(tokens, layout, updates)
+        return 0 if below is None else self.quantize.revive_(f, layout, noise, updates, below)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Per level: the share of codes in use and their perplexity."""
+        hits_SV = self.quantize.ema_vocab_hit_SV
+        return {f"usage_{k}": share for k, share in enumerate(used_by_average(hits_SV))} | {
+            f"perplexity_{k}": value for k, value in enumerate(perplexity(hits_SV))
+        }
