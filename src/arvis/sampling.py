@@ -49,9 +49,9 @@ def _column(setting: float | Tensor, logits: Tensor) -> Tensor:
 
 def temper(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / temperature; a temperature of 0 leaves only the most likely code."""
-    t = _column(temperature, logits)
-    if bool((t == 1).all()):
+    if bool((torch.as_tensor(temperature) == 1).all()):
         return logits
+    t = _column(temperature, logits)
     best = logits.argmax(-1, keepdim=True)
     greedy = torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
     return torch.where(t == 0, greedy, logits / t.clamp_min(torch.finfo(logits.dtype).tiny))

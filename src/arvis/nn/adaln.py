@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from arvis.nn.attention import attend
 from arvis.nn.trunk import Call
+from arvis.nn.wide import unrounded
 
 
 class SelfAttention(nn.Module):
@@ -175,7 +176,7 @@ class AdaLNHead(nn.Module):
         self.linear = nn.Linear(width, codes)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with unrounded(x):
             wide = x if x.dtype == torch.float64 else x.float()
             scale, shift = self.project(F.silu(vector.to(wide.dtype)))[:, None].chunk(2, -1)
             return self.linear(self.norm(wide) * (1 + scale) + shift)

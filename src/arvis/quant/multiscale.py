@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arvis.nn.wide import unrounded
 from arvis.quant.base import Quantized
 from arvis.quant.revive import pick, restart_
 from arvis.quant.usage import count, dead, perplexity, summed_over_ranks, update_hits_, used
@@ -53,7 +54,7 @@ def to_rows(h_BCHW: Tensor) -> Tensor:
 
 def spread(h_BnC: Tensor, k: int, layout: Layout, phi: Callable[[Tensor], Tensor]) -> Tensor:
     """phi(bicubic upsampling of level k to the last level's size), float32; the last level is not resized."""
-    with torch.autocast(h_BnC.device.type, enabled=False):
+    with unrounded(h_BnC):
         h = to_map(h_BnC if h_BnC.dtype == torch.float64 else h_BnC.float(), layout.levels[k])
         if k < layout.K - 1:
             h = F.interpolate(h, size=layout.levels[-1], mode="bicubic")
@@ -209,7 +210,7 @@ class MultiScaleVQ(nn.Module):
 
         losses["vq"] is the mean over levels of beta |sg(fhat_k) - f|^2 + |fhat_k - sg(f)|^2, fhat_k the partial sums.
         """
-        with torch.autocast(f.device.type, enabled=False):
+        with unrounded(f):
             f = f if f.dtype == torch.float64 else f.float()
             ids, _, parts = self._run(f, layout)
             fhat, codebook, commit = torch.zeros_like(f), [], []

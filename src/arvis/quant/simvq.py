@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arvis.nn.wide import unrounded
 from arvis.quant.base import Quantized
 from arvis.quant.vq import nearest, straight_through, vq_losses, vq_stats
 
@@ -39,7 +40,7 @@ class SimVQ(nn.Module):
 
     def table(self) -> Tensor:
         """The effective codes [V, D], float32."""
-        with torch.autocast(self.frozen_codebook.device.type, enabled=False):
+        with unrounded(self.frozen_codebook):
             return self.code_transform(self.frozen_codebook)
 
     def encode(self, z: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arvis.nn.wide import unrounded
 from arvis.quant.base import Quantized
 from arvis.quant.usage import count, perplexity, used
 
@@ -26,7 +27,7 @@ def nearest(z: Tensor, table_VD: Tensor, chunk: int = _CHUNK) -> Tensor:
     if z.shape[-1] != table_VD.shape[-1]:
         raise ValueError(f"vectors of width {z.shape[-1]} cannot be looked up in a table of width {table_VD.shape[-1]}")
     dtype = torch.float64 if torch.float64 in (z.dtype, table_VD.dtype) else torch.float32
-    with torch.autocast(z.device.type, enabled=False):
+    with unrounded(z):
         rows, table = z.reshape(-1, z.shape[-1]).to(dtype), table_VD.to(dtype)
         half_V = table.square().sum(1).mul(0.5)  # |z|^2 is the same for all codes: left out
         step = max(1, chunk // len(table))

@@ -1,0 +1,15 @@
+"""Where autocast must not round: distances to codes, sums over scales, logits."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def unrounded(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which products of tensors on the device of x keep their own number format."""
+    if x.is_meta:  # shapes alone: there is no autocast for them
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
