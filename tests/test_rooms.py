@@ -23,7 +23,7 @@ ROOMS = (
     ("published", "weights"),
     ("training", "data", "evaluation"),
     ("systems",),
-    ("loading", "model", "recipes", "parity", "laws", "checks", "doctor"),
+    ("cost", "loading", "model", "recipes", "parity", "laws", "checks", "doctor"),
     ("serving", "cli"),
 )
 """From the top of the house to its bottom; inside a room, too, a file imports only from those named before it."""
