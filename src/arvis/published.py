@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """One official checkpoint file: where it lies on the hub and where the tensors lie inside it."""
+    """One official checkpoint file: where it lies on the hub and where the tensors lie inside it.
+
+    A name that ends in "/" is a folder of shards with their index. `revision` pins a commit, `sha256` the content.
+    """
 
     repo: str
     name: str
@@ -25,6 +28,8 @@ class Preset:
     config: Callable[[], Any]
     files: dict[str, File] = field(default_factory=dict)
     licence: str = ""
+    text: str = ""
+    """The hub repository of a frozen text encoder that reads the prompts; fetched when the first prompt comes."""
     sampling: dict[str, Any] = field(default_factory=dict)
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of `training.fit.FitConfig` by stage ("tokenizer", "generator")."""
