@@ -1,22 +1,29 @@
-"""Pre-norm transformer blocks modulated by a condition vector (AdaLN, arXiv 2212.09748), in VAR's arrangement."""
+"""Pre-norm transformer blocks modulated by a condition vector (AdaLN, arXiv 2212.09748), in VAR's arrangement.
+
+A block is given its parts; rotary positions come with the call.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arvis.nn.attention import attend
+from arvis.nn.attention import attend, rotate
 from arvis.nn.trunk import Call
 from arvis.nn.wide import unrounded
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; query and value have a bias, the key has none (it cancels in the softmax)."""
+    """Multi-head attention; query and value have a bias, the key has none (it cancels in the softmax).
 
-    def __init__(self, width: int, heads: int, cosine: bool) -> None:
+    Queries and keys go through `temperature`, then are rotated where the call has a table.
+    """
+
+    def __init__(self, width: int, heads: int, temperature: Temperature) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
@@ -25,28 +32,30 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.out = nn.Linear(width, width)
-        self.temperature = Temperature(heads, width // heads, cosine)
+        self.temperature = temperature
 
     def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [R, H, n, h]
         q, k = self.temperature(q, k)
+        if call.table is not None:
+            q, k = rotate(q, call.table, "interleaved"), rotate(k, call.table, "interleaved")
         if call.cache is not None:
             k, v = call.cache.join(layer, k, v)
         return self.out(attend(q, k, v, call.mask, self.temperature.scale).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Attention of the rows over the context of the call (text)."""
+    """Attention of the rows over the context of the call (text); `kv` maps it to keys and values side by side."""
 
-    def __init__(self, width: int, heads: int, context_width: int, cosine: bool) -> None:
+    def __init__(self, width: int, heads: int, kv: nn.Module, temperature: Temperature) -> None:
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context_width, 2 * width)
+        self.kv = kv
         self.out = nn.Linear(width, width)
-        self.temperature = Temperature(heads, width // heads, cosine)
+        self.temperature = temperature
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         if call.context is None:
@@ -59,19 +68,49 @@ class CrossAttention(nn.Module):
         return self.out(attend(q, k, v, mask, self.temperature.scale).transpose(1, 2).flatten(2))
 
 
-class Temperature(nn.Module):
-    """The softmax scale: cosine attention with a learned scale per head, at most 100, or VAR's fixed 0.25/sqrt(h)."""
+class KeyValue(nn.Module):
+    """Keys without and values with a bias, side by side: [..., E] -> [..., 2 D]."""
 
-    def __init__(self, heads: int, head_dim: int, cosine: bool) -> None:
+    def __init__(self, context_width: int, width: int) -> None:
         super().__init__()
-        self.scale = 1.0 if cosine else 0.25 / math.sqrt(head_dim)
-        self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0))) if cosine else None
+        self.linear = nn.Linear(context_width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, context: Tensor) -> Tensor:
+        return F.linear(context, self.linear.weight, torch.cat((torch.zeros_like(self.v_bias), self.v_bias)))
+
+
+class Temperature(Protocol):
+    """How queries and keys are brought to the softmax: (q, k) -> (q, k), whose product is multiplied by `scale`."""
+
+    scale: float
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class CosineTemperature(nn.Module):
+    """Cosine attention: q and k of length one, with a learned scale per head of at most 100 (arXiv 2111.09883)."""
+
+    scale = 1.0
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.log_scale is None:
-            return q, k
         scale = self.log_scale.clamp_max(math.log(100.0)).exp()
         return (F.normalize(q, dim=-1) * scale).to(k.dtype), F.normalize(k, dim=-1).to(k.dtype)
+
+
+class FixedTemperature(nn.Module):
+    """The plain product times a number."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
 
 
 class FeedForward(nn.Module):
@@ -134,26 +173,31 @@ class DropPath(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """x += g1 attn(norm(x) (1 + s1) + b1); [x += cross(norm(x), context);] x += g2 ffn(norm(x) (1 + s2) + b2)."""
+    """x += g1 attn(norm(x) (1 + s1) + b1); [x += cross(norm(x), context);] x += g2 ffn(norm(x) (1 + s2) + b2).
+
+    `cross_norm` stands before the cross-attention where it is not the plain one. Stochastic depth skips the modulated
+    branches.
+    """
 
     def __init__(
         self,
         width: int,
-        heads: int,
         *,
         modulation: nn.Module,
-        mlp_ratio: float = 4.0,
+        attn: nn.Module,
+        ffn: nn.Module,
+        cross: nn.Module | None = None,
+        cross_norm: nn.Module | None = None,
         eps: float = 1e-6,
-        cosine: bool = True,
         drop_path: float = 0.0,
-        context_width: int = 0,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps, elementwise_affine=False)
         self.modulation = modulation
-        self.attn = SelfAttention(width, heads, cosine)
-        self.cross = CrossAttention(width, heads, context_width, cosine) if context_width else None
-        self.ffn = FeedForward(width, round(width * mlp_ratio))
+        self.attn = attn
+        self.cross = cross
+        self.cross_norm = cross_norm
+        self.ffn = ffn
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
@@ -162,7 +206,7 @@ class AdaLNBlock(nn.Module):
         g1, g2, s1, s2, b1, b2 = self.modulation(call.vector)[:, :, None].unbind(1)
         x = x + self.drop_path(g1 * self.attn(self.norm(x) * (1 + s1) + b1, call, layer))
         if self.cross is not None:
-            x = x + self.drop_path(self.cross(self.norm(x), call))
+            x = x + self.cross((self.norm if self.cross_norm is None else self.cross_norm)(x), call)
         return x + self.drop_path(g2 * self.ffn(self.norm(x) * (1 + s2) + b2))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,21 @@ class Condition(NamedTuple):
     start: Tensor
     vector: Tensor
     context: tuple[Tensor, Tensor | None] | None = None
+
+
+def stacked(rows: Sequence[Condition]) -> dict[str, Tensor]:
+    """Conditions of G guidance rows as the tensors [B, G, ...] of a state."""
+    out = {"start": torch.stack([r.start for r in rows], 1), "vector": torch.stack([r.vector for r in rows], 1)}
+    if rows[0].context is not None:
+        out["context"] = torch.stack([r.context[0] for r in rows if r.context], 1)
+        out["visible"] = torch.stack([r.context[1] for r in rows if r.context and r.context[1] is not None], 1)
+    return out
+
+
+def unstacked(more: Mapping[str, Tensor]) -> Condition:
+    """The condition [B*G, ...] in the tensors of a state."""
+    context = (more["context"].flatten(0, 1), more["visible"].flatten(0, 1)) if "context" in more else None
+    return Condition(more["start"].flatten(0, 1), more["vector"].flatten(0, 1), context)
 
 
 class Conditioner(Protocol):

@@ -17,9 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arvis.dist import Categorical, Dist
-from arvis.nn.adaln import AdaLNBlock, OwnModulation, SharedModulation
+from arvis.nn.adaln import (
+    AdaLNBlock,
+    CosineTemperature,
+    CrossAttention,
+    FeedForward,
+    FixedTemperature,
+    OwnModulation,
+    SelfAttention,
+    SharedModulation,
+    Temperature,
+)
 from arvis.nn.cache import Cache
-from arvis.nn.scales import Condition, Conditioner, ScaleTransformer
+from arvis.nn.scales import Condition, Conditioner, ScaleTransformer, stacked, unstacked
 from arvis.noise import Source
 from arvis.orders import by_level
 from arvis.published import File, Preset, Result
@@ -132,7 +142,7 @@ class VAR(nn.Module):
         t = scale[:, None] * ramp  # t = cfg k / (K - 1): [B, K]
         guided = bool((scale != 0).any())
         null = torch.zeros(items, dtype=torch.bool, device=device)
-        c = _stack([self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))])
+        c = stacked([self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))])
         s = State(
             tokens=torch.zeros(items, layout.n, 1, dtype=torch.int64, device=device),
             group=by_level(layout).to(device).expand(items, -1).clone(),
@@ -161,7 +171,7 @@ class VAR(nn.Module):
             x = None if k == 0 else self.tokenizer.next_input(s.more["f"], k, layout)
         else:
             x = self.tokenizer.inputs(s.tokens, layout, first, k + 1)
-        c = _unstack(s.more)
+        c = unstacked(s.more)
         h = self.transformer(c, x, first, k + 1, self.see, cache)[:, -layout.sizes[k] :]
         logits = self.transformer.head(h, c.vector).unflatten(0, (len(s), -1))  # [B, G, n, V]
         logits = mix(logits, s.weight(k))[:, :, None]
@@ -214,21 +224,6 @@ class VAR(nn.Module):
         return own
 
 
-def _stack(rows: list[Condition]) -> dict[str, Tensor]:
-    """Conditions of the guidance rows as state tensors [B, G, ...]."""
-    out = {"start": torch.stack([r.start for r in rows], 1), "vector": torch.stack([r.vector for r in rows], 1)}
-    if rows[0].context is not None:
-        out["context"] = torch.stack([r.context[0] for r in rows if r.context], 1)
-        out["visible"] = torch.stack([r.context[1] for r in rows if r.context and r.context[1] is not None], 1)
-    return out
-
-
-def _unstack(more: dict[str, Tensor]) -> Condition:
-    """The same, flattened to [B*G, ...]."""
-    context = (more["context"].flatten(0, 1), more["visible"].flatten(0, 1)) if "context" in more else None
-    return Condition(more["start"].flatten(0, 1), more["vector"].flatten(0, 1), context)
-
-
 def smooth(system: VAR, cond: Cond | None, sampling: Any, noise: Source) -> Tensor:
     """Pictures from soft codes (the official `more_smooth`): features [B, C, Y, X] for `tokenizer.decode_features`.
 
@@ -254,15 +249,22 @@ def smooth(system: VAR, cond: Cond | None, sampling: Any, noise: Source) -> Tens
 
 def adaln_block(config: VARConfig, layer: int, context_width: int = 0) -> AdaLNBlock:
     """Block `layer` of a configuration; stochastic depth grows linearly to `drop_path`."""
+    width, heads = config.width, config.heads
+
+    def temperature() -> Temperature:
+        return CosineTemperature(heads) if config.attn_l2_norm else FixedTemperature(0.25 * (width // heads) ** -0.5)
+
+    def cross() -> CrossAttention:
+        return CrossAttention(width, heads, nn.Linear(context_width, 2 * width), temperature())
+
     return AdaLNBlock(
-        config.width,
-        config.heads,
-        modulation=SharedModulation(config.width) if config.shared_aln else OwnModulation(config.width),
-        mlp_ratio=config.mlp_ratio,
+        width,
+        modulation=SharedModulation(width) if config.shared_aln else OwnModulation(width),
+        attn=SelfAttention(width, heads, temperature()),
+        cross=cross() if context_width else None,
+        ffn=FeedForward(width, round(width * config.mlp_ratio)),
         eps=config.norm_eps,
-        cosine=config.attn_l2_norm,
         drop_path=config.drop_path * layer / max(config.depth - 1, 1),
-        context_width=context_width,
     )
 
 
