@@ -8,6 +8,7 @@ from arvis.weights import (
     SAME_NAMES,
     Chain,
     Constant,
+    Either,
     Fuse,
     Key,
     Rearrange,
@@ -225,3 +226,37 @@ def test_the_first_row_that_fits_wins_and_one_name_spans_one_part():
     net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleDict({"a": nn.Linear(2, 2)})})
     keys = (Key("a.bias", "special"), Key("a.{p}", "first.{p}"), *SAME_NAMES)
     assert set(to_official(net, keys)) == {"special", "first.weight", "b.a.weight", "b.a.bias"}
+
+
+SPELLED = (
+    Key("embedding.weight", "in.weight", spellings=("emb.module.weight", "table")),
+    Key("blocks.{i}.{name*}", "chunk.{i}.{name*}", spellings=("layers.{i}.{name*}",)),
+    Key("hits", (), optional=True),
+    Key("own", ()),
+)
+
+
+def test_files_may_spell_names_in_several_ways_and_what_is_written_has_the_first():
+    net = Net()
+    first = to_official(net, SPELLED)
+    assert {"in.weight", "chunk.1.qkv.bias"} <= set(first) and not {"table", "layers.1.qkv.bias"} & set(first)
+    other = {name.replace("chunk.", "layers.").replace("in.weight", "table"): x for name, x in first.items()}
+    assert set(other) != set(first)
+    for tensors in (first, other):
+        fresh = Net()
+        report = load_official(fresh, SPELLED, tensors)
+        assert report.left_out == () and set(report.mapped) == set(tensors)
+        assert all(torch.equal(x, first[name]) for name, x in to_official(fresh, SPELLED).items())
+    del other["layers.1.qkv.bias"]
+    with pytest.raises(WeightsError, match=r"missing from the file: chunk\.1\.qkv\.bias"):
+        load_official(Net(), SPELLED, other)
+
+
+def test_files_may_have_one_of_several_shapes():
+    shapes = Either((Rearrange("1 h 1 1 -> h"), Rearrange("1 1 h 1 -> h")))
+    own = [torch.zeros(3)]
+    for shape in ((1, 3, 1, 1), (1, 1, 3, 1)):
+        assert shapes.to_ours([torch.arange(3.0).view(shape)], own)[0].tolist() == [0, 1, 2]
+    assert shapes.to_official(own)[0].shape == (1, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"\(1, 4, 1, 1\) is none of the 2"):
+        shapes.to_ours([torch.zeros(1, 4, 1, 1)], own)

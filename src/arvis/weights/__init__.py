@@ -12,12 +12,13 @@ from arvis.weights.keys import (
     map_shapes,
     to_official,
 )
-from arvis.weights.transforms import Chain, Constant, Fuse, Rearrange, Same, Split, Tied, Transform
+from arvis.weights.transforms import Chain, Constant, Either, Fuse, Rearrange, Same, Split, Tied, Transform
 
 __all__ = [
     "SAME_NAMES",
     "Chain",
     "Constant",
+    "Either",
     "Fuse",
     "Key",
     "Mismatch",

@@ -9,6 +9,7 @@ one, and `{rest*}` for one or more whole parts. The first row that fits a tensor
     Key((), "k_bias.{i}", Constant(torch.zeros_like), like="q_bias.{i}")     theirs alone, made again on the way back
     Key((), "loss.{rest*}")                                                  theirs alone, left out, and named
     Key("hits", "hits", optional=True)                                       may be absent or of another shape
+    Key("conv.{p}", "conv.conv.{p}", spellings=("conv.{p}",))                older files have another name for it
     Key("cache", ())                                                         ours alone
 
 Everything works on shapes alone, with the module on the meta device.
@@ -37,13 +38,17 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Key:
-    """One row of a table; see the module's docstring. `like` names the tensor of ours that a Constant is made from."""
+    """One row of a table; see the module's docstring. `like` names the tensor of ours that a Constant is made from.
+
+    `spellings` are further official names that files have for the same tensors; what is written has the first one.
+    """
 
     ours: str | tuple[str, ...]
     official: str | tuple[str, ...]
     transform: Transform = field(default_factory=Same)
     optional: bool = False
     like: str = ""
+    spellings: tuple[str | tuple[str, ...], ...] = ()
 
 
 SAME_NAMES = (Key("{name*}", "{name*}"),)
@@ -169,8 +174,11 @@ class _Step(NamedTuple):
     like: tuple[str, ...]
 
 
-def _plan(own: Mapping[str, Tensor], keys: tuple[Key, ...]) -> list[_Step]:
-    """Every row for every tensor of ours that it fits. Raises WeightsError where no row has a tensor of ours."""
+def _plan(own: Mapping[str, Tensor], keys: tuple[Key, ...], file: Mapping[str, Tensor] | None = None) -> list[_Step]:
+    """Every row for every tensor of ours that it fits, in the spelling of a file or else in the first one.
+
+    Raises WeightsError where no row has a tensor of ours.
+    """
     claimed: dict[str, int] = {}
     steps: list[_Step] = []
     for key in keys:
@@ -190,7 +198,11 @@ def _plan(own: Mapping[str, Tensor], keys: tuple[Key, ...]) -> list[_Step]:
             if absent is not None:
                 raise WeightsError(f"the row {key} needs {absent}, which the module lacks{_near(absent, own)}")
             claimed.update(dict.fromkeys(filled, len(steps)))
-            theirs = tuple(_fill(o, found.groupdict(), key) for o in official)
+            spelled = [
+                tuple(_fill(o, found.groupdict(), key) for o in _names(names))
+                for names in (key.official, *key.spellings)
+            ]
+            theirs = next((t for t in spelled if file is not None and all(o in file for o in t)), spelled[0])
             steps.append(_Step(key, filled, theirs, () if ours else (name,)))
     unclaimed = [name for name in own if name not in claimed]
     if unclaimed:
@@ -220,7 +232,7 @@ def _match(
 ) -> tuple[dict[str, Tensor], Report, dict[str, Tensor]]:
     """The module's tensors, how a file fits, and our tensors of those that do."""
     keys, own = tuple(keys), {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    plan = _plan(own, keys)
+    plan = _plan(own, keys, tensors)
     loaded: dict[str, Tensor] = {}
     mapped: dict[str, str] = {}
     kept: list[str] = []

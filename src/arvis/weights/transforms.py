@@ -124,6 +124,27 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Either:
+    """The first of several transforms that gives our shapes: files differ in theirs. What is written has the first."""
+
+    choices: tuple[Transform, ...]
+
+    def to_ours(self, official: Sequence[Tensor], own: Sequence[Tensor]) -> Sequence[Tensor]:
+        found = ", ".join(str(tuple(tensor.shape)) for tensor in official)
+        for choice in self.choices:
+            try:
+                made = choice.to_ours(official, own)
+            except (ValueError, RuntimeError):
+                continue
+            if [tensor.shape for tensor in made] == [tensor.shape for tensor in own]:
+                return made
+        raise ValueError(f"shape {found} is none of the {len(self.choices)} that files have")
+
+    def to_official(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.choices[0].to_official(ours)
+
+
+@dataclass(frozen=True)
 class Constant:
     """An official tensor that is known: `make(like)`, or `make()` where the row has no `like`.
 
