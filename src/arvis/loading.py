@@ -14,7 +14,17 @@ import torch
 
 from arvis import systems
 from arvis.config import from_dict
-from arvis.weights import SAME_NAMES, WeightsError, fetch, load_official, read, read_pretrained
+from arvis.weights import (
+    SAME_NAMES,
+    WeightsError,
+    fetch,
+    holds_adapters,
+    load_official,
+    merged,
+    read,
+    read_adapters,
+    read_pretrained,
+)
 
 SHIPPED = Path(__file__).parent / "models"
 """Models that come with the package, one folder each."""
@@ -43,11 +53,14 @@ def from_folder(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Loaded:
-    """A folder of ours, a safetensors file of one, or "owner/name" on the hub.
+    """A folder of ours, a safetensors file of one or of LoRA adapters to some model, or "owner/name" on the hub.
 
     Networks are built on the meta device; tensors stored in fewer bits are widened to float32. Raises WeightsError.
     """
     place, where = resolve_device(device), Path(path)
+    if holds_adapters(where):
+        base = read_adapters(where).base
+        return with_adapters(by_name(base, device, cache_dir=cache_dir, local_files_only=local_files_only), where)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not where.exists():
         where = _from_hub(str(path), revision, cache_dir, local_files_only, token)
     found = read_pretrained(where)
@@ -119,6 +132,27 @@ def by_name(
         load_official(system.parts()[part], keys[part], read(path, preset.files[part].inside), source=str(path))
     source = {"repo": ", ".join(sorted({f.repo for f in preset.files.values()})), "licence": preset.licence}
     return Loaded(system=system.to(place), slug=slug, name=full, config=config, settings=preset.sampling, source=source)
+
+
+def with_adapters(model: Loaded, path: str | Path) -> Loaded:
+    """A model with a file of LoRA adapters merged into its weights; `model` stays as it is. Raises WeightsError."""
+    found = read_adapters(path)
+    if found.system != model.slug:
+        raise WeightsError(f"{path} was made for {found.base} ({found.system}), not for {model.name} ({model.slug})")
+    module = systems.system(model.slug)
+    config = from_dict(module.CONFIG, found.config)
+    with torch.device("meta"):
+        system = module.build(config)
+    own = {name: t.cpu() for name, t in model.system.state_dict().items()}
+    load_official(system, SAME_NAMES, merged(own, found, path), source=str(path))
+    return Loaded(
+        system=system.to(next(model.system.parameters()).device),
+        slug=model.slug,
+        name=found.source.get("name", model.name),
+        config=config,
+        settings=found.source.get("sampling") or model.settings,
+        source=found.source,
+    )
 
 
 def picture_size(system: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
 from arvis.editing import keep_tokens
-from arvis.loading import by_name, from_folder, picture_size
+from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
 from arvis.noise import Noise
 from arvis.state import Parallel
 from arvis.tokens import Layout, Pin
@@ -315,6 +315,16 @@ class Model:
         """Write config.json and model.safetensors, the hub's layout; atomic."""
         source = {**self.source, "name": self.name, "sampling": self.settings}
         return save_pretrained(self.system, to_dict(self.config), folder, system=self.slug, source=source)
+
+    def with_lora(self, path: str | Path) -> Self:
+        """This model with the LoRA adapters of a file (`arvis finetune --lora 8` writes one) merged into its weights.
+
+        The model itself stays as it is. Raises WeightsError for adapters of another model, or of other weights.
+        """
+        own = Loaded(**{f.name: getattr(self, f.name) for f in fields(Loaded)})
+        out = type(self)(**vars(with_adapters(own, path)))
+        out.precision = self.precision
+        return out
 
     @classmethod
     def from_pretrained(

@@ -1,7 +1,8 @@
 """Weights: official checkpoints <-> our modules, files read safely, folders in the hub's layout."""
 
+from arvis.weights.adapters import AdapterFile, fingerprint, holds_adapters, merged, read_adapters, save_adapters
 from arvis.weights.files import Pretrained, metadata, read, read_pretrained, save_pretrained
-from arvis.weights.hub import checksum, fetch
+from arvis.weights.hub import Hub, Remote, checksum, fetch
 from arvis.weights.keys import (
     SAME_NAMES,
     Key,
@@ -16,14 +17,17 @@ from arvis.weights.transforms import Chain, Constant, Either, Fuse, Rearrange, S
 
 __all__ = [
     "SAME_NAMES",
+    "AdapterFile",
     "Chain",
     "Constant",
     "Either",
     "Fuse",
+    "Hub",
     "Key",
     "Mismatch",
     "Pretrained",
     "Rearrange",
+    "Remote",
     "Report",
     "Same",
     "Split",
@@ -32,11 +36,16 @@ __all__ = [
     "WeightsError",
     "checksum",
     "fetch",
+    "fingerprint",
+    "holds_adapters",
     "load_official",
     "map_shapes",
+    "merged",
     "metadata",
     "read",
+    "read_adapters",
     "read_pretrained",
+    "save_adapters",
     "save_pretrained",
     "to_official",
 ]
