@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arvis.denoise import euler
-from arvis.dist import Categorical, Chain, Solved
+from arvis.dist import Categorical, Chain, Guess, Solved
 from arvis.noise import Noise
 from arvis.tokens import Pin
 from chance import chi_square
@@ -96,3 +96,14 @@ def test_a_solved_distribution_has_no_likelihood() -> None:
     assert d.sample(Noise.of(1, 4)).shape == (4, 2, 3)
     with pytest.raises(NotImplementedError, match="no likelihood"):
         d.log_prob(torch.zeros(4, 2, 3))
+
+
+def test_guesses_are_drawn_as_codes_and_have_no_joint() -> None:
+    codes = categorical(50)
+    guess = Guess(codes.where, codes.logits, at=4)
+    pin = Pin(torch.tensor([[True, False]]).expand(50, -1), torch.full((50, 2, 2), 2))
+    x = guess.sample(Noise.of(7, 50), pin)
+    assert torch.equal(x, codes.sample(Noise.of(7, 50), pin)) and bool((x[:, 0] == 2).all())
+    assert torch.equal(guess.marginal(x), codes.log_prob(x))
+    with pytest.raises(NotImplementedError, match="no likelihood"):
+        guess.log_prob(x)

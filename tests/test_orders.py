@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from arvis.noise import Noise
-from arvis.orders import blocks, by_level, cosine_counts, frames, fronts, members, random_sets, raster
+from arvis.orders import (
+    blocks,
+    by_level,
+    cosine_counts,
+    frames,
+    fronts,
+    hidden_counts,
+    members,
+    random_sets,
+    raster,
+    schedule,
+    sets_around,
+)
 from arvis.tokens import NEVER, Layout, pyramid
 from chance import chi_square
 
@@ -72,5 +84,66 @@ def test_members_of_a_step() -> None:
     assert members(group, 1).tolist() == [[1, 3], [0, 2]]
     assert members(group, torch.tensor([0, 0])).tolist() == [[0], [1]]
     assert members(group[:1], 1).tolist() == [[1, 3]]
-    with pytest.raises(ValueError, match=r"unequal numbers of positions at this step: \[1, 2\]"):
-        members(group, torch.tensor([0, 1]))
+    uneven = members(group, torch.tensor([0, 1]))  # the first item draws one, and is filled up
+    assert uneven[:, 0].tolist() == [0, 0] and uneven[1, 1] == 2 and group[0, uneven[0, 1]] != 0
+
+
+# -- schedules over what is unknown -----------------------------------------------------------------------------------
+
+
+def test_schedules_are_the_published_ones() -> None:
+    r, unknown = torch.tensor([0.25, 0.5, 1.0]).double(), torch.tensor([64.0]).double()
+    wanted = {
+        "cosine": [math.cos(math.pi / 8), math.cos(math.pi / 4), 0],
+        "uniform": [0.75, 0.5, 0],
+        "pow2": [15 / 16, 0.75, 0],
+        "pow0.5": [0.5, 1 - 0.5**0.5, 0],
+        "log": [2 / 6, 1 / 6, 0],
+        "exp": [1 - 2**-4.5, 1 - 2**-3, 0],
+    }
+    for name, shares in wanted.items():
+        assert schedule(name)(r, unknown).tolist() == pytest.approx(shares, abs=1e-12), name
+    with pytest.raises(ValueError, match="a schedule is cosine, uniform, log, exp or pow<number>, got 'sine'"):
+        schedule("sine")
+
+
+@pytest.mark.parametrize("name", ["cosine", "uniform", "pow3", "log", "exp"])
+def test_hidden_counts_follow_the_published_loop(name: str) -> None:
+    """m = max(1, min(unknown now - 1, floor(U share))), for items with other numbers of unknown positions."""
+    unknown, steps = torch.tensor([36, 1, 7, 0, 20]), 6
+    counts = hidden_counts(unknown, steps, schedule(name))
+    assert counts.shape == (5, 6) and counts.dtype == torch.int64
+    for item, start in enumerate(unknown.tolist()):
+        now = start
+        for k in range(steps):
+            r, among = (torch.tensor(x, dtype=torch.float64) for x in ((k + 1) / steps, float(start)))
+            share = schedule(name)(r, among)
+            now = max(1, min(now - 1, math.floor(round(start * min(1, max(1e-6, float(share))), 9)))) if start else 0
+            assert int(counts[item, k]) == now, (name, start, k)
+
+
+def test_hidden_counts_reveal_and_hide_at_least_so_many() -> None:
+    assert hidden_counts(torch.tensor([36]), 6).tolist() == [[34, 31, 25, 18, 9, 1]]
+    assert hidden_counts(torch.tensor([36]), 6, least_drawn=4).tolist() == [[32, 28, 24, 18, 9, 1]]
+    assert hidden_counts(torch.tensor([36]), 6, least_hidden=3).tolist() == [[34, 31, 25, 18, 9, 3]]
+
+
+def test_sets_around_nothing_are_random_sets() -> None:
+    noise = Noise.of(2, 3)
+    for n, steps in ((16, 4), (16, 16), (5, 1), (36, 6)):
+        nothing = torch.zeros(3, n, dtype=torch.bool)
+        assert torch.equal(sets_around(nothing, steps, noise), random_sets(cosine_counts(n, steps), noise))
+
+
+def test_sets_around_what_is_known_partition_the_rest_of_every_item() -> None:
+    known = torch.zeros(4, 16, dtype=torch.bool)
+    known[0, :8], known[1, 3:], known[2] = True, True, True
+    sets = sets_around(known, 8, Noise.of(3, 4))
+    assert bool((sets[known] == -1).all()) and bool((sets[~known] >= 0).all())
+    for item, unknown in enumerate((8, 3, 0, 16)):
+        drawn = sets[item][~known[item]]
+        counts = torch.bincount(drawn.long(), minlength=8)
+        wanted = cosine_counts(unknown, min(8, unknown)) if unknown else ()
+        assert counts.tolist() == [*wanted, *(0,) * (8 - len(wanted))]
+    alone = sets_around(known[:1], 8, Noise.of(3, 4).take(torch.tensor([0])))
+    assert torch.equal(alone[0], sets[0]), "an item does not depend on the others"

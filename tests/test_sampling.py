@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from arvis.noise import Noise
-from arvis.sampling import cfg, draw, lowest, mix, per_item, temper, top_k, top_p, two_way, var_cfg
+from arvis.sampling import cfg, confidence, draw, gumbel, lowest, mix, per_item, temper, top_k, top_p, two_way, var_cfg
 from chance import chi_square
 
 INF = float("inf")
@@ -138,3 +138,16 @@ def test_lowest_marks_the_m_lowest() -> None:
     assert lowest(score, 2).tolist() == [[False, True, False, True], [True, True, False, False]]
     assert lowest(score, 3).tolist() == [[False, True, True, True], [True, True, True, False]]
     assert not bool(lowest(score, 0).any())
+    assert lowest(score, torch.tensor([1, 3])).tolist() == [[False, True, False, False], [True, True, True, False]]
+
+
+def test_confidence_draws_an_order_by_the_temperature() -> None:
+    """At temperature 1 the surest guess is drawn in proportion to its probability, at 0 it is the likeliest."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05]).double()
+    u = Noise.of(1, 20000).uniform("rank", 0, (4,))
+    first = confidence(p.log().expand(len(u), -1), 1.0, u).argmax(1)
+    assert chi_square(first.bincount(minlength=4), p) > 0.001
+    settings = torch.tensor([0.0, 1e6])
+    sure = confidence(p.log().expand(2, -1), settings, u[:2])
+    assert sure[0].argmax() == 0 and sure[1].argmax() == u[1].argmax()
+    assert torch.allclose(gumbel((-(-torch.tensor(0.7).double()).exp()).exp()), torch.tensor(0.7).double())

@@ -47,6 +47,39 @@ def test_steps_count_and_cover_every_position_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOYS)
+def test_given_tokens_are_shown_from_the_first_step_on_and_stay(name: str) -> None:
+    """Whichever positions are given, other ones for each item, in every order."""
+    system, s = start(name)
+    others = s.tokens + 1 if s.tokens.is_floating_point() else (s.tokens + torch.arange(s.layout.n)[:, None]) % 2
+    mask = Noise.of(4, 3).uniform("mask", 0, (s.layout.n,)) < 0.5
+    mask[0] = False
+    system, s = start(name, given=Pin(mask, others))
+    drawn = torch.zeros_like(mask)
+    for step in walk(system, s):
+        shown = step.preview()
+        assert torch.equal(shown[mask].to(others), others[mask])
+        assert bool((shown[~(mask | s.known)] == -1).all())
+        assert not bool((step.fresh & drawn).any())
+        drawn |= step.fresh
+    assert torch.equal(s.tokens[mask], others[mask]) and bool(s.known.all())
+    assert bool((drawn | mask).all())
+    nothing = finish(walk(*start(name, given=Pin(torch.zeros_like(mask), others)))).tokens
+    assert torch.equal(nothing, finish(walk(*start(name))).tokens), "an empty pin changes nothing"
+    assert torch.equal(s.tokens[0], nothing[0]), "nor does what the neighbours are given"
+
+
+@pytest.mark.parametrize("name", ["masked", "masked-flow", "confident"])
+def test_masked_orders_know_what_is_given_and_draw_the_rest_in_as_many_steps(name: str) -> None:
+    system, s = start(name)
+    mask = torch.tensor([[True] + [False] * (s.layout.n - 1)]).expand(3, -1)
+    system, s = start(name, given=Pin(mask, s.tokens))
+    assert torch.equal(s.known, mask) and s.at() == 0
+    steps = list(walk(system, s))
+    assert len(steps) == 3 and not any(bool(step.fresh[mask].any()) for step in steps)
+    assert all(bool(step.fresh.any(1).all()) for step in steps)
+
+
+@pytest.mark.parametrize("name", TOYS)
 def test_stopping_and_going_on(name: str) -> None:
     """Until a step, by leaving the loop, or by an error in the middle of a draw: the rest is as if nothing happened."""
     system, s = start(name)

@@ -62,6 +62,33 @@ class Categorical:
 
 
 @dataclass
+class Guess:
+    """Codes guessed at more positions than the step will keep (confidence orders): logits [B, n, S, V].
+
+    Which guesses are kept depends on the guesses, so the joint of those that are has no closed form; `marginal` is the
+    log-probability of each guess by itself, which a confidence is made of.
+    """
+
+    where: Tensor
+    logits: Tensor
+    at: int | Tensor = 0
+
+    def sample(self, noise: Source, pin: Pin | None = None, watch: Watch | None = None) -> Tensor:
+        return self._codes.sample(noise, pin, watch)
+
+    def log_prob(self, x_BnS: Tensor) -> Tensor:
+        raise NotImplementedError("which guesses are kept depends on the guesses: there is no likelihood")
+
+    def marginal(self, x_BnS: Tensor) -> Tensor:
+        """[B, n] nats of each guess, as if it were alone."""
+        return self._codes.log_prob(x_BnS)
+
+    @property
+    def _codes(self) -> Categorical:
+        return Categorical(self.where, self.logits, self.at)
+
+
+@dataclass
 class Chain:
     """Codes drawn one sub-token after another inside each position (TokenBridge, FQGAN, residual depth).
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,11 +66,91 @@ def cosine_counts(n: int, steps: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+Schedule = Callable[[Tensor, Tensor], Tensor]
+"""(share r of the steps that are done, positions U unknown at the start) -> the share of U that stays hidden."""
+
+
+def cosine(r: Tensor, unknown: Tensor) -> Tensor:
+    """cos(pi/2 r): few tokens first, when little is known (MaskGIT, MAR)."""
+    return (math.pi / 2 * r).cos()
+
+
+def uniform(r: Tensor, unknown: Tensor) -> Tensor:
+    """1 - r: equally many tokens at every step."""
+    return 1 - r
+
+
+def power(exponent: float) -> Schedule:
+    """1 - r^p."""
+    return lambda r, unknown: 1 - r**exponent
+
+
+def logarithmic(r: Tensor, unknown: Tensor) -> Tensor:
+    """-log r / log U: most tokens first."""
+    return -r.log() / unknown.clamp_min(2).log()
+
+
+def exponential(r: Tensor, unknown: Tensor) -> Tensor:
+    """1 - U^(r - 1): nearly all tokens last."""
+    return 1 - unknown ** (r - 1)
+
+
+def schedule(name: str) -> Schedule:
+    """By its published name: "cosine", "uniform", "log", "exp", or "pow2", "pow0.5", ...; ValueError otherwise."""
+    named = {"cosine": cosine, "uniform": uniform, "log": logarithmic, "exp": exponential}
+    exponent = re.fullmatch(r"pow(\d+\.?\d*)", name)
+    if name not in named and exponent is None:
+        raise ValueError(f"a schedule is {', '.join(named)} or pow<number>, got {name!r}")
+    return named[name] if exponent is None else power(float(exponent[1]))
+
+
+def hidden_counts(
+    unknown_B: Tensor,
+    steps: int | Tensor,
+    schedule: Schedule = cosine,
+    least_drawn: int = 1,
+    least_hidden: int = 1,
+) -> Tensor:
+    """Of the positions of each item that are unknown at the start, how many stay hidden after each step.
+
+    int64 [B, steps] on the host: floor(U share(r)) with r = (k + 1) / steps (of each item's own number of steps, if it
+    has one), at least `least_drawn` fewer than before and at least `least_hidden`. What is nominally hidden after the
+    last step is drawn there all the same (MaskGIT, arXiv 2202.04200; MAGE, arXiv 2211.09117).
+    """
+    unknown = unknown_B.cpu().long()
+    own = torch.as_tensor(steps).long().expand(len(unknown))
+    r = ((torch.arange(int(own.max())) + 1).double() / own[:, None].clamp_min(1)).clamp(max=1)
+    share = schedule(r, unknown[:, None].double()).clamp(1e-6, 1)
+    wanted = (unknown[:, None].float() * share.float()).floor().long()  # float32: 36 (1 - 5/6) is 6, as published
+    hidden, out = unknown, torch.zeros_like(wanted)
+    for k in range(wanted.shape[1]):
+        hidden = torch.minimum(torch.minimum(wanted[:, k], hidden - least_drawn).clamp_min(least_hidden), unknown)
+        out[:, k] = hidden
+    return out
+
+
+def sets_around(known_BN: Tensor, steps: int, noise: Source, schedule: Schedule = cosine) -> Tensor:
+    """A random partition of what is not known, int32 [B, N]; -1 where it is known from the start.
+
+    The schedule runs over the unknown positions of each item alone, in `steps` steps or one per position where there
+    are fewer. With nothing known it is `random_sets` of the schedule's counts (MAR, with its in-painting).
+    """
+    n, unknown = known_BN.shape[1], (~known_BN).sum(1).cpu()
+    own = unknown.clamp(max=steps)
+    hidden = hidden_counts(unknown, own, schedule)
+    hidden = hidden.masked_fill(torch.arange(hidden.shape[1]) >= own[:, None] - 1, 0).to(known_BN.device)
+    score = noise.uniform("order", 0, (n,)).to(known_BN.device).masked_fill(known_BN, -1)
+    later = n - 1 - score.argsort(1).argsort(1)  # positions that are drawn after this one or with it
+    sets = (hidden[:, None] > later[..., None]).sum(-1)
+    return sets.masked_fill(known_BN, -1).int()
+
+
 def members(group_BN: Tensor, k: int | Tensor) -> Tensor:
-    """Positions [B|1, n] that step k (one for all, or one per item) draws, ascending; items must draw equally many."""
+    """Positions [B|1, n] that step k (one for all, or one per item) draws, ascending.
+
+    Items that draw fewer than others are filled up with positions that they do not draw, which `State.put` leaves as
+    they are.
+    """
     k = k.to(group_BN.device)[:, None] if isinstance(k, Tensor) else k
     hit = group_BN == k
-    count = hit.sum(1)
-    if not bool((count == count[0]).all()):
-        raise ValueError(f"items draw unequal numbers of positions at this step: {count.tolist()}")
-    return hit.nonzero()[:, 1].view(hit.shape[0], -1)
+    return (~hit).long().argsort(dim=1, stable=True)[:, : int(hit.sum(1).max())]

@@ -92,7 +92,20 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, x, right=True)[..., 0]
 
 
-def lowest(score_Bn: Tensor, m: int) -> Tensor:
-    """bool [B, n], True at the m lowest scores of each item (ties: the earlier position)."""
-    order = score_Bn.argsort(dim=-1, stable=True)
-    return torch.zeros_like(score_Bn, dtype=torch.bool).scatter(-1, order[..., :m], True)
+def gumbel(u: Tensor) -> Tensor:
+    """Standard Gumbel noise -log(-log u) of uniform numbers in (0, 1)."""
+    return -(-u.log()).log()
+
+
+def confidence(log_p_Bn: Tensor, temperature: float | Tensor, u_Bn: Tensor) -> Tensor:
+    """How sure a guess is: log p + temperature g with Gumbel noise g of the uniform numbers u, float64 [B, n].
+
+    At a high temperature the order is random, at 0 the likeliest guesses come first (MaskGIT, arXiv 2202.04200)."""
+    t = torch.as_tensor(temperature, dtype=torch.float64).to(log_p_Bn.device).view(-1, 1)
+    return log_p_Bn.double() + t * gumbel(u_Bn.to(log_p_Bn.device).double())
+
+
+def lowest(score_Bn: Tensor, m: int | Tensor) -> Tensor:
+    """bool [B, n], True at the m (one for all, or one per item) lowest scores of each item; ties: the earlier one."""
+    rank = score_Bn.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return rank < (m.to(rank.device)[:, None] if isinstance(m, Tensor) else m)

@@ -31,7 +31,7 @@ class State:
     tokens: Tensor
     """[B, N, S]; undecided positions hold zeros."""
     group: Tensor
-    """int32 [B, N]: the step that draws each position, NEVER while undecided."""
+    """int32 [B, N]: the step that draws each position, NEVER while undecided, -1 where known from the start."""
     k: Tensor
     """int64 [B] on the host: groups decided so far."""
     K: int
@@ -96,6 +96,14 @@ class State:
     def pin(self, where: Tensor) -> Pin | None:
         """The given tokens among positions `where`."""
         return None if self.given is None else self.given.at(where)
+
+    def put(self, where: Tensor, x_BnS: Tensor) -> None:
+        """Write drawn tokens at those of the positions where [B|1, n] that the current step draws."""
+        where = where.to(self.tokens.device).expand(len(self), -1)
+        mine = self.group.gather(1, where) == self.k[:, None].to(self.group.device)
+        index = where[..., None].expand(-1, -1, x_BnS.shape[-1])
+        kept = torch.where(mine[..., None], x_BnS.to(self.tokens), self.tokens.gather(1, index))
+        self.tokens = self.tokens.scatter(1, index, kept)
 
     def given_groups(self) -> int:
         """How many leading groups are wholly given in every item: a system may commit them at the start."""

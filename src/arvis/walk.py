@@ -25,7 +25,7 @@ class Step:
     fresh: Tensor
     state: State
     preview: Callable[[], Tensor]
-    """Decode what is known so far; call before the next step."""
+    """Decode what is known so far, and what is given; call before the next step."""
 
 
 def walk(system: System, s: State, until: int | None = None, watch: Watch | None = None) -> Iterator[Step]:
@@ -46,8 +46,16 @@ def step_of(system: System, s: State, before_BN: Tensor) -> Step:
         K=s.K,
         fresh=s.known & ~before_BN,
         state=s,
-        preview=lambda: system.tokenizer.decode(s.tokens, s.layout, s.known, s.noise),
+        preview=lambda: system.tokenizer.decode(*_shown(s), s.noise),
     )
+
+
+def _shown(s: State) -> tuple[Tensor, Layout, Tensor]:
+    """Tokens and which of them are there: those decided so far, and those given that a step has yet to come to."""
+    if s.given is None:
+        return s.tokens, s.layout, s.known
+    given = s.given.mask & ~s.known
+    return torch.where(given[..., None], s.given.value.to(s.tokens), s.tokens), s.layout, s.known | given
 
 
 def generate(

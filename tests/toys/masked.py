@@ -1,7 +1,8 @@
 """Masked sets: random partitions with a categorical or a flow head, and an order that is found on the way.
 
 All rows go in at once, known ones with step 0 and undecided ones with step NEVER: everybody sees the label and the
-known rows, nobody sees an undecided one. No cache.
+known rows, nobody sees an undecided one. No cache. Given tokens are known from the start, and the schedule runs over
+the others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from arvis.denoise import euler
-from arvis.dist import Categorical, Dist, Solved
+from arvis.dist import Categorical, Dist, Guess, Solved
 from arvis.nn.trunk import Call
 from arvis.noise import Source
-from arvis.orders import cosine_counts, members, random_sets
+from arvis.orders import hidden_counts, members, sets_around
 from arvis.rows import Rows, render, upto
-from arvis.sampling import lowest, mix
+from arvis.sampling import confidence, lowest, mix
 from arvis.state import Cond, State
 from arvis.tokens import NEVER, Layout, Pin, Space
 from toys.parts import Toy, put
@@ -26,9 +27,9 @@ from toys.parts import Toy, put
 class Masked(Toy):
     """Random sets, independent codes inside a set."""
 
-    def __init__(self, space: Space | None = None, counts: tuple[int, ...] = (1, 1, 2)) -> None:
-        super().__init__(space or Space(sizes=(3,)), Layout(((sum(counts),),)))
-        self.counts = counts
+    def __init__(self, space: Space | None = None, n: int = 4, steps: int = 3) -> None:
+        super().__init__(space or Space(sizes=(3,)), Layout(((n,),)))
+        self.steps = steps
         self.hidden = nn.Parameter(torch.randn(8))
         self.position = nn.Parameter(torch.randn(self.layout.n, 8))
         codes = self.space.sizes[0] if self.space.sizes else 0
@@ -48,10 +49,16 @@ class Masked(Toy):
     def start(
         self, cond: Cond | None, sampling: Any, noise: Source, layout: Layout | None = None, given: Pin | None = None
     ) -> State:
-        s = self.open(cond, sampling, noise, given, random_sets(self.counts, noise))
-        s.k = s.k + s.given_groups()
-        if given is not None:
-            s.tokens = torch.where(s.known[..., None], given.value, s.tokens)
+        sets = sets_around(self.known(given, noise), self.steps, noise)
+        return self.fill(self.open(cond, sampling, noise, given, sets))
+
+    def known(self, given: Pin | None, noise: Source) -> Tensor:
+        return torch.zeros(len(noise), self.layout.n, dtype=torch.bool) if given is None else given.mask
+
+    def fill(self, s: State) -> State:
+        """With the given tokens in place."""
+        if s.given is not None:
+            s.tokens = torch.where(s.known[..., None], s.given.value, s.tokens)
         return s
 
     def predict(self, s: State) -> Dist:
@@ -62,7 +69,7 @@ class Masked(Toy):
         return Categorical(where, self.filter(s, mix(logits, s.weight(k))[:, :, None]), at=k)
 
     def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
-        put(s, d.where, x_BnS)
+        s.put(d.where, x_BnS)
         s.k = s.k + 1
 
     def loss(self, batch: dict[str, Any], noise: Source) -> dict[str, Tensor]:
@@ -93,42 +100,32 @@ class MaskedFlow(Masked):
         return Solved(where, field, euler((0, 0.25, 0.5, 1)), (where.shape[1], 2), at=k)
 
 
-class Guess(Categorical):
-    """Codes for all undecided positions, of which a part is kept: the joint has no closed form."""
-
-    def log_prob(self, x_BnS: Tensor) -> Tensor:
-        raise NotImplementedError("which guesses are kept depends on the guesses")
-
-
 class Confident(Masked):
     """Every step guesses all undecided positions and keeps the most confident ones; `group` is filled on the way."""
 
     def __init__(self) -> None:
-        super().__init__(counts=cosine_counts(5, 3))
+        super().__init__(n=5)
 
     def start(
         self, cond: Cond | None, sampling: Any, noise: Source, layout: Layout | None = None, given: Pin | None = None
     ) -> State:
-        s = self.open(cond, sampling, noise, given, torch.full((1, self.layout.n), NEVER, dtype=torch.int32))
-        s.K = len(self.counts)
-        return s
+        known = self.known(given, noise)
+        s = self.open(cond, sampling, noise, given, torch.where(known, -1, NEVER).int())
+        s.K = self.steps
+        s.more["hidden"] = hidden_counts((~known).sum(1), self.steps)
+        return self.fill(s)
 
     def predict(self, s: State) -> Dist:
         k = s.at()
-        where = (s.group == NEVER).nonzero()[:, 1].view(len(s), -1)
-        logits = self.head(self.rows(s))
-        logits = logits.gather(2, where[:, None, :, None].expand(-1, logits.shape[1], -1, logits.shape[3]))
-        return Guess(where, self.filter(s, mix(logits, s.weight(k))[:, :, None]), at=k)
+        logits = mix(self.head(self.rows(s)), s.weight(k))[:, :, None]
+        return Guess(torch.arange(self.layout.n)[None], self.filter(s, logits), at=k)
 
     def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
-        k = s.at()
-        chosen = Categorical.log_prob(d, x_BnS) - s.noise.uniform("rank", k, d.where.shape[1:]).log()
-        pin = s.pin(d.where)
-        if pin is not None:
-            chosen = chosen.masked_fill(pin.mask, float("inf"))
-        best = lowest(-chosen, self.counts[k])
-        put(s, d.where[best].view(len(s), -1), x_BnS[best].view(len(s), -1, 1))
-        s.group.scatter_(1, d.where, torch.where(best, k, NEVER).int())
+        k, undecided = s.at(), s.group == NEVER
+        score = confidence(d.marginal(x_BnS), 1.0, s.noise.uniform("rank", k, (self.layout.n,)))
+        stay = undecided & lowest(score.masked_fill(~undecided, float("inf")), s.more["hidden"][:, k])
+        s.group = torch.where(undecided & (~stay if k < s.K - 1 else True), k, s.group)
+        s.put(d.where, x_BnS)
         s.k = s.k + 1
 
     def loss(self, batch: dict[str, Any], noise: Source) -> dict[str, Tensor]:

@@ -172,6 +172,13 @@ class Drops(NextScale):
         return s
 
 
+class Blanks(Masked):
+    """Takes the given tokens for known, but does not look at them."""
+
+    def fill(self, s: State) -> State:
+        return s
+
+
 class Overrides(Fronts):
     """Draws where tokens are given."""
 
@@ -222,6 +229,7 @@ MUTANTS = {
     "crowds": _breaks(Crowds, "seed"),
     "stays": _breaks(Stays, "gather"),
     "drops": _breaks(Drops, "prefill"),
+    "blanks": _breaks(Blanks, "prefill"),
     "overrides": _breaks(Overrides, "prefill"),
     "siblings": _breaks(lambda: Raster(see=upto), "window"),
     "hoards": _breaks(Hoards, "window"),
