@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from torch import nn
 from arvis.weights import (
     SAME_NAMES,
     WeightsError,
-    checksum,
-    fetch,
     load_official,
     metadata,
     read,
@@ -206,69 +202,6 @@ def test_what_is_not_ours_is_refused(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../plain.safetensors"}}))
     with pytest.raises(WeightsError, match="outside its folder"):
         read(index.parent)
-
-
-def test_fetch_answers_from_the_cache_and_checks(tmp_path):
-    commit = "a" * 40
-    repo = tmp_path / "models--someone--weights"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    file = repo / "snapshots" / commit / "x.pth"
-    file.parent.mkdir(parents=True)
-    torch.save(STATE, file)
-    found = fetch("someone/weights", "x.pth", cache_dir=tmp_path, local_files_only=True, sha256=checksum(file))
-    assert same(read(found))
-    with pytest.raises(WeightsError, match="has the checksum"):
-        fetch("someone/weights", "x.pth", cache_dir=tmp_path, local_files_only=True, sha256="0" * 64)
-    with pytest.raises(WeightsError, match=r"y\.pth of someone/weights is not in the cache.*--weights PART=FILE"):
-        fetch("someone/weights", "y.pth", cache_dir=tmp_path, local_files_only=True)
-    with pytest.raises(WeightsError, match="owner/name"):
-        fetch("not a repo/at/all", "y.pth", cache_dir=tmp_path, local_files_only=True)
-
-
-HUB = """
-import os, sys, threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Hub(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        code = self.path.split("/")[1]
-        self.send_response(401 if code == "GatedRepo" else 404)
-        self.send_header("X-Error-Code", code)
-        self.end_headers()
-    do_GET = do_HEAD
-    def log_message(self, *args): pass
-
-server = HTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-from arvis.weights import WeightsError, fetch
-
-def ask(code):
-    try:
-        fetch(f"{code}/weights", "x.pth", "v9", cache_dir=sys.argv[1])
-    except WeightsError as error:
-        print(code, "|", error)
-
-for code in ("EntryNotFound", "RevisionNotFound", "RepoNotFound", "GatedRepo"):
-    ask(code)
-server.shutdown()
-server.server_close()
-ask("Down")
-"""
-
-
-def test_every_answer_of_the_hub_is_told(tmp_path):
-    """Against a server on this machine that answers as the hub does, and then is gone."""
-    call = [sys.executable, "-c", HUB, str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=60, check=True)
-    told = dict(line.split(" | ") for line in done.stdout.splitlines())
-    assert told["EntryNotFound"] == "EntryNotFound/weights has no file x.pth at v9"
-    assert told["RevisionNotFound"] == "RevisionNotFound/weights has no revision v9; leave it out for the newest"
-    assert "no repository RepoNotFound/weights" in told["RepoNotFound"]
-    assert "accept" in told["GatedRepo"] and "hf auth login" in told["GatedRepo"]
-    assert "not in the cache and the hub cannot be reached" in told["Down"] and "--weights PART=FILE" in told["Down"]
 
 
 @pytest.mark.parametrize("write", [torch.save, save_file])

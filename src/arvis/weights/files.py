@@ -31,12 +31,12 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """Prefixes that parallel and compiling wrappers put before every name."""
 
 _ALLOWED: list[Any] = [argparse.Namespace]
-_INDEXES = (
+INDEXES = (
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-_SINGLES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+SINGLES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 
 
 def read(path: str | Path, inside: str = "", prefix: str = "") -> dict[str, Tensor]:
@@ -193,9 +193,9 @@ def _told(node: Any) -> str:
 
 
 def _read_folder(folder: Path, inside: str) -> dict[str, Tensor]:
-    for name in _INDEXES:
+    for name in INDEXES:
         if (folder / name).is_file():
-            shards = _index(folder / name)
+            shards = read_index(folder / name)
             tensors: dict[str, Tensor] = {}
             for shard in sorted(set(shards.values())):
                 if not (folder / shard).is_file():
@@ -205,13 +205,13 @@ def _read_folder(folder: Path, inside: str) -> dict[str, Tensor]:
             if absent is not None:
                 raise WeightsError(f"{folder / shards[absent]} lacks {absent}, which {name} lists")
             return tensors
-    for name in _SINGLES:
+    for name in SINGLES:
         if (folder / name).is_file():
             return _read_file(folder / name, inside)
-    raise WeightsError(f"{folder} has no weights; looked for {', '.join((*_SINGLES, *_INDEXES))}")
+    raise WeightsError(f"{folder} has no weights; looked for {', '.join((*SINGLES, *INDEXES))}")
 
 
-def _index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     try:
         shards = json.loads(path.read_text())["weight_map"]
         if any(Path(shard).name != shard for shard in shards.values()):
@@ -304,7 +304,7 @@ def _write_shards(folder: Path, state: Mapping[str, Tensor], metadata: dict[str,
     if len(shards) > 1:
         where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_text(folder / _INDEXES[0], json.dumps(index, indent=2) + "\n")
+        _write_text(folder / INDEXES[0], json.dumps(index, indent=2) + "\n")
 
 
 def _swap(partial: Path, folder: Path) -> None:
