@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from arvis.quant.entropy import bit_entropies, bit_table, distance_entropies, joint_bit_entropies
+from arvis.quant.entropy import (
+    bit_entropies,
+    bit_table,
+    choice_entropies,
+    distance_entropies,
+    joint_bit_entropies,
+)
 from arvis.quant.lookup_free import LFQ, LFQConfig, pack_bits, unpack_bits
 from arvis.quant.sphere import BSQ, BSQConfig
 
@@ -28,6 +34,7 @@ def test_zero_is_minus():
 
 
 def test_entropies_equal_those_of_the_softmax_over_all_codes():
+    """Check 9. Fails for logits without the factor of two, means of bits where sums are meant, and bits for nats."""
     torch.manual_seed(0)
     z, tau, d = torch.randn(200, 8, dtype=torch.float64) * 0.3, 3.0, 8
     codes = bit_table(d).double() * 2 - 1
@@ -49,7 +56,26 @@ def test_gradients_stay_finite_where_bits_are_certain():
         assert torch.isfinite(grad).all() and grad.any()
 
 
+def test_eighteen_bits_are_two_groups_of_nine():
+    """Fails where the batch entropy of groups is a mean, or groups share the codes of one."""
+    torch.manual_seed(0)
+    z = torch.randn(300, 18, dtype=torch.float64)
+    whole = joint_bit_entropies(z, 9)
+    halves = [joint_bit_entropies(part, 9) for part in z.split(9, 1)]
+    assert torch.allclose(whole.batch, halves[0].batch + halves[1].batch)
+    assert torch.allclose(whole.sample, halves[0].sample + halves[1].sample)
+    single = [
+        torch.special.entr((part @ (bit_table(9).double() * 2 - 1).T / 2).softmax(1).mean(0)).sum()
+        for part in z.split(9, 1)
+    ]
+    assert torch.allclose(whole.batch, sum(single))
+    losses = LFQ(LFQConfig(bits=18, group=9))(z).losses
+    logits = 4 * 100 * z
+    assert torch.allclose(losses["entropy_batch"], joint_bit_entropies(logits, 9).batch)
+
+
 def test_the_lookup_free_loss_decides_and_balances_bits():
+    """Check 9. Fails for the opposite sign of either term."""
     torch.manual_seed(0)
     data = torch.randn(512, 4) * 0.5 + 0.4
     shift, gain = torch.zeros(4, requires_grad=True), torch.tensor(0.1, requires_grad=True)
@@ -75,6 +101,7 @@ def test_lookup_free_terms_add_up():
 
 
 def test_spherical_codes():
+    """Check 10. Fails for codes of another length, signs of something else than the vector, or no normalisation."""
     torch.manual_seed(0)
     d = 16
     quantizer, z = BSQ(BSQConfig(bits=d)), torch.randn(60_000, d)
@@ -97,6 +124,7 @@ def test_spherical_terms_add_up():
 
 
 def test_distance_entropies():
+    """Fails for the distance instead of its square, a temperature that multiplies, or base-two logarithms."""
     table = torch.eye(4)
     spread = distance_entropies(torch.eye(4), table)
     assert spread.sample < 1e-3 and abs(spread.batch - math.log(4)) < 1e-3
@@ -104,3 +132,10 @@ def test_distance_entropies():
     assert same.batch.abs() < 1e-3
     torn = distance_entropies(torch.ones(2, 4), table)
     assert abs(torn.sample - math.log(4)) < 1e-4
+    z, table = torch.randn(50, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    p = (-torch.cdist(z, table).square() / 0.7).softmax(1)
+    got = distance_entropies(z, table, 0.7)
+    assert torch.allclose(got.sample, torch.special.entr(p).sum(1).mean())
+    assert torch.allclose(got.batch, -(p.mean(0) * (p.mean(0) + 1e-5).log()).sum())
+    wide = choice_entropies(torch.cdist(z, table).square(), 0.7, epsilon=0.1)
+    assert torch.allclose(wide.batch, -(p.mean(0) * (p.mean(0) + 0.1).log()).sum())

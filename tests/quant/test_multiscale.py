@@ -66,6 +66,7 @@ def test_a_ratio_of_zero_has_no_convolution():
 
 @pytest.mark.parametrize("layout", [SQUARE, OBLONG, pyramid((1, 4, 4)), pyramid((5,))])
 def test_decoding_ids_repeats_the_encoder_bit_for_bit(layout):
+    """Check 8. Fails for any other order of sums, or a last level that is resized."""
     quantizer, f = make(layout), features(layout)
     out = quantizer(f, layout)
     fhat = torch.zeros_like(f)

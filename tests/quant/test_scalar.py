@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from arvis.quant.scalar import FSQ, Bins, FSQConfig, gaussian_bins, lloyd_max, uniform_bins
+from arvis.quant.bins import Bins, gaussian_bins, lloyd_max, uniform_bins
+from arvis.quant.scalar import FSQ, FSQConfig
 
 
 def test_values_and_ids_of_odd_and_even_levels():
@@ -32,7 +33,16 @@ def test_all_codes_of_published_levels(levels):
     assert len(fsq.codes(tokens).unique(dim=0)) == fsq.sizes[0]
 
 
+def test_more_levels_than_rounding_allows_are_refused():
+    """Fails silently otherwise: the outermost value of 1002 levels would round to one more."""
+    with pytest.raises(ValueError, match="1002 levels round to one more"):
+        FSQConfig(levels=(5, 1002))
+    fsq = FSQ(FSQConfig(levels=(5, 1002), epsilon=1e-5))
+    assert fsq(torch.tensor([[99.0, 99.0]])).tokens.item() == 5 * 1002 - 1
+
+
 def test_uniform_bins_follow_their_formula():
+    """Check 11. Fails for rounding to the nearest border, and for bins that are open on the wrong side."""
     bins, x = uniform_bins(64, -5, 5, 4), torch.randn(2000, 4) * 3
     step = 10 / 64
     ids = ((x.double() + 5) / step).floor().clamp(0, 63).long()
@@ -44,6 +54,7 @@ def test_uniform_bins_follow_their_formula():
 
 
 def test_gaussian_bins_have_equal_mass_but_not_the_least_error():
+    """Check 11. Fails for centres in the middle of a bin, or values that go by the edges of bins."""
     g = torch.Generator().manual_seed(0)
     u = torch.randn(400_000, generator=g).clamp(-3, 3)
     bins = gaussian_bins(64, -3, 3, 1)

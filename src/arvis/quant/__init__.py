@@ -1,14 +1,17 @@
 """Discretisations: one file per idea, all on channel-last vectors [..., D] -> Quantized."""
 
 from arvis.quant.base import Quantized, Quantizer
+from arvis.quant.bins import Bins, gaussian_bins, lloyd_bins, lloyd_max, uniform_bins
 from arvis.quant.ema import EMAVQ, EMAVQConfig
+from arvis.quant.factorised import Factorised, disentanglement
 from arvis.quant.kmeans import KMeans, KMeansConfig, kmeans
 from arvis.quant.lookup_free import LFQ, LFQConfig
 from arvis.quant.multiscale import MultiScaleVQ, MultiScaleVQConfig, area_target, residual_encode
 from arvis.quant.product import Product, join_ids, split_ids
+from arvis.quant.projected import Projected
 from arvis.quant.residual import Residual
 from arvis.quant.rotation import rotate_to
-from arvis.quant.scalar import FSQ, Bins, FSQConfig, gaussian_bins, lloyd_max, uniform_bins
+from arvis.quant.scalar import FSQ, FSQConfig
 from arvis.quant.simvq import SimVQ, SimVQConfig
 from arvis.quant.sphere import BSQ, BSQConfig
 from arvis.quant.vq import VQ, CosineVQ, VQConfig, nearest, nearest_cosine, straight_through
@@ -24,12 +27,14 @@ __all__ = [
     "CosineVQ",
     "EMAVQConfig",
     "FSQConfig",
+    "Factorised",
     "KMeans",
     "KMeansConfig",
     "LFQConfig",
     "MultiScaleVQ",
     "MultiScaleVQConfig",
     "Product",
+    "Projected",
     "Quantized",
     "Quantizer",
     "Residual",
@@ -37,9 +42,11 @@ __all__ = [
     "SimVQConfig",
     "VQConfig",
     "area_target",
+    "disentanglement",
     "gaussian_bins",
     "join_ids",
     "kmeans",
+    "lloyd_bins",
     "lloyd_max",
     "nearest",
     "nearest_cosine",

@@ -13,7 +13,7 @@ from arvis.quant.base import Quantized
 from arvis.quant.kmeans import kmeans
 from arvis.quant.revive import restart_
 from arvis.quant.usage import count, summed_over_ranks
-from arvis.quant.vq import nearest, straight_through, unit, vq_stats
+from arvis.quant.vq import Estimator, nearest, straight_through, unit, vq_stats, wide
 
 if TYPE_CHECKING:
     from arvis.noise import Noise
@@ -37,17 +37,17 @@ class EMAVQConfig:
 class EMAVQ(nn.Module):
     """Nearest code, straight-through gradient: [..., D] -> ids [..., 1].
 
-    `embed` [V, D] = `embed_avg` / smoothed `cluster_size`. The forward pass moves nothing: `update_` does, once per
-    training step, with the ids that the old table gave.
+    `embed` [V, D] = `embed_avg` / smoothed `cluster_size`; all three are buffers, saved with the module. The forward
+    pass moves nothing, in whichever mode: `update_` does, once per training step, with the ids that the old table gave.
     """
 
     embed: Tensor
     embed_avg: Tensor
     cluster_size: Tensor
 
-    def __init__(self, config: EMAVQConfig) -> None:
+    def __init__(self, config: EMAVQConfig, estimator: Estimator = straight_through) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.estimator = config, estimator
         table_VD = torch.randn(config.size, config.width) * config.width**-0.5
         table_VD = unit(table_VD) if config.cosine else table_VD
         self.register_buffer("embed", table_VD)
@@ -70,7 +70,7 @@ class EMAVQ(nn.Module):
         q = self.codes(tokens)
         commit = F.mse_loss(z, q)
         losses = {"vq": self.config.beta * commit, "commit": commit.detach()}
-        return Quantized(straight_through(z, q), tokens, losses, vq_stats(tokens, self.config.size))
+        return Quantized(self.estimator(z, q), tokens, losses, vq_stats(tokens, self.config.size))
 
     @torch.no_grad()
     def update_(self, z: Tensor, tokens: Tensor) -> None:
@@ -84,7 +84,7 @@ class EMAVQ(nn.Module):
 
     @torch.no_grad()
     def init_(self, z: Tensor, noise: Noise, iterations: int = 10) -> None:
-        """Sets the codes to the k-means centres of a batch."""
+        """Sets the codes to the k-means centres of a batch, which all processes must share."""
         rows = self._space(z).reshape(-1, self.config.width)
         centres_VD, counts_V = kmeans(rows, self.config.size, noise, iterations=iterations, cosine=self.config.cosine)
         self.cluster_size.copy_(counts_V)
@@ -93,7 +93,10 @@ class EMAVQ(nn.Module):
 
     @torch.no_grad()
     def revive_(self, z: Tensor, noise: Noise, at: int, threshold: float = 2.0) -> int:
-        """Sets codes whose average count is below `threshold` to random vectors of a batch; says how many."""
+        """Sets codes whose average count is below `threshold` to random vectors of a batch; says how many.
+
+        The threshold is their new count. Selftok's is 0.2 times the vectors of a batch per code.
+        """
         gone = self.cluster_size < threshold
         n = restart_(self.embed, gone, self._space(z), noise, at)
         self.cluster_size[gone] = threshold
@@ -110,6 +113,4 @@ class EMAVQ(nn.Module):
 
     def _space(self, z: Tensor) -> Tensor:
         """The vector that is looked up: float32, of length one for the cosine form."""
-        if self.config.cosine:
-            return unit(z)
-        return z if z.dtype == torch.float64 else z.float()
+        return unit(z) if self.config.cosine else wide(z)

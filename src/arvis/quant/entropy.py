@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arvis.quant.vq import unit
+from arvis.nn.wide import unrounded
 
 
 class Entropies(NamedTuple):
@@ -29,19 +29,23 @@ def binary_entropy(p: Tensor) -> Tensor:
 
 def bit_entropies(logits: Tensor) -> Entropies:
     """Of independent bits with these logits [..., d], summed over bits; `batch` is an upper bound of the joint one."""
-    logits = logits.reshape(-1, logits.shape[-1])
+    logits = _rows(logits)
     p = logits.sigmoid()
     return Entropies(_binary_entropy_of_logits(logits).sum(1).mean(), binary_entropy(p.mean(0)).sum())
 
 
 def joint_bit_entropies(logits: Tensor, group: int) -> Entropies:
-    """The same with the batch entropy joint inside groups of at most `group` bits (exact when d <= group)."""
-    logits = logits.reshape(-1, logits.shape[-1])
+    """The same with the batch entropy joint inside groups of at most `group` bits (exact when d <= group).
+
+    18 bits in groups of 9 are how Open-MAGVIT2 (arXiv 2409.04410) keeps 2^18 codes out of memory.
+    """
+    logits = _rows(logits)
     batch = logits.new_zeros(())
-    for part in logits.split(group, dim=1):
-        signs = bit_table(part.shape[1], part.device).to(part.dtype) * 2 - 1  # [2^g, g]
-        mean = (part @ signs.T / 2).softmax(1).mean(0)
-        batch = batch + entropy_terms(mean).sum()
+    with unrounded(logits):
+        for part in logits.split(group, dim=1):
+            signs = bit_table(part.shape[1], part.device).to(part.dtype) * 2 - 1  # [2^g, g]
+            mean = (part @ signs.T / 2).softmax(1).mean(0)
+            batch = batch + entropy_terms(mean).sum()
     return Entropies(_binary_entropy_of_logits(logits).sum(1).mean(), batch)
 
 
@@ -51,18 +55,33 @@ def bit_table(bits: int, device: torch.device | None = None) -> Tensor:
     return torch.arange(2**bits, device=device)[:, None] // weights % 2
 
 
-def distance_entropies(z: Tensor, table_VD: Tensor, temperature: float = 0.01, cosine: bool = True) -> Entropies:
-    """Of softmax(-squared distance / temperature) over the codes of a table, [..., D] (LlamaGen, arXiv 2406.06525).
+def distance_entropies(z: Tensor, table_VD: Tensor, temperature: float = 0.01) -> Entropies:
+    """Of the soft choice of a code by squared distance, vectors [..., D] and a table [V, D] (LlamaGen's regulariser,
+    arXiv 2406.06525; both of length one there).
 
-    Compat: the mean choice has 1e-5 inside its logarithm.
+    To be minimised: sample - batch. The temperature divides distances; that of LFQ multiplies products of codes, so
+    the two are not on one scale.
     """
-    rows, table_VD = z.reshape(-1, z.shape[-1]).float(), table_VD.float()
-    if cosine:
-        rows, table_VD = unit(rows), unit(table_VD)
-    logits = -(rows.square().sum(1, keepdim=True) + table_VD.square().sum(1) - 2 * rows @ table_VD.T) / temperature
-    log_p = logits.log_softmax(1)
+    rows, table_VD = _rows(z), table_VD if table_VD.dtype == torch.float64 else table_VD.float()
+    with unrounded(rows):
+        distance = rows.square().sum(1, keepdim=True) + table_VD.square().sum(1) - 2 * rows @ table_VD.T
+    return choice_entropies(distance, temperature)
+
+
+def choice_entropies(distance: Tensor, temperature: float = 0.01, epsilon: float = 1e-5) -> Entropies:
+    """Of softmax(-distance / temperature) over the last axis of [..., V].
+
+    Compat: the mean choice has `epsilon` inside its logarithm; the official one beside the logits of a single choice
+    has no effect.
+    """
+    log_p = (-_rows(distance) / temperature).log_softmax(1)
     mean = log_p.exp().mean(0)
-    return Entropies(-(log_p.exp() * log_p).sum(1).mean(), -(mean * (mean + 1e-5).log()).sum())
+    return Entropies(-(log_p.exp() * log_p).sum(1).mean(), -(mean * (mean + epsilon).log()).sum())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., d] as [n, d], at least float32."""
+    return (x if x.dtype == torch.float64 else x.float()).reshape(-1, x.shape[-1])
 
 
 def _binary_entropy_of_logits(x: Tensor) -> Tensor:

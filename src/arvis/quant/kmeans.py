@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from arvis.quant.base import Quantized
 from arvis.quant.revive import pick
 from arvis.quant.usage import count
-from arvis.quant.vq import nearest, unit, vq_stats
+from arvis.quant.vq import nearest, unit, vq_stats, wide
 
 if TYPE_CHECKING:
     from arvis.noise import Noise
@@ -26,8 +26,8 @@ def kmeans(
 
     `cosine` re-normalises the centres after each iteration. A centre without vectors stays where it is.
     """
-    rows = vectors.reshape(-1, vectors.shape[-1]).float()
-    rows = unit(rows) if cosine else rows
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    rows = unit(rows) if cosine else wide(rows)
     centres_VD = pick(rows, n, noise, at)
     for _ in range(iterations):
         ids = nearest(rows, centres_VD)

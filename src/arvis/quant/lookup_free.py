@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from arvis.quant.base import Quantized
 from arvis.quant.entropy import joint_bit_entropies
-from arvis.quant.vq import straight_through
+from arvis.quant.usage import token_stats
+from arvis.quant.vq import straight_through, wide
 
 
 def bits_of(z: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class LFQ(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         config = self.config
-        z = z if z.dtype == torch.float64 else z.float()
+        z = wide(z)
         bits = bits_of(z)
         q = ((bits * 2 - 1) * config.scale).to(z.dtype)
         # softmax over codes of 2 tau <z, c> makes the bits independent, with these logits
@@ -85,5 +86,6 @@ class LFQ(nn.Module):
             "entropy_batch": batch.detach(),
             "commit": commit.detach(),
         }
-        stats = {"bit_mean": bits.float().mean(tuple(range(bits.dim() - 1)))}
-        return Quantized(straight_through(z, q), pack_bits(bits, config.little_endian), losses, stats)
+        tokens = pack_bits(bits, config.little_endian)
+        stats = {**token_stats(tokens, self.sizes), "bit_mean": bits.float().mean(tuple(range(bits.dim() - 1)))}
+        return Quantized(straight_through(z, q), tokens, losses, stats)

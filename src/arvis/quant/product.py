@@ -1,4 +1,4 @@
-"""Product quantisation: the channels in parts, each with its own quantiser (arXiv 2411.16681 for its use in images)."""
+"""Product quantisation: the channels in parts, each with its own quantiser (Jegou et al. 2011)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arvis.quant.base import Quantized
@@ -33,11 +32,20 @@ class Product(nn.Module):
         return torch.cat([part.codes(i) for part, i in zip(self.parts, ids, strict=True)], -1)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Losses are sums over the parts; stats are vectors, one number per part."""
-        out = [part(x) for part, x in zip(self.parts, z.split(self.widths, -1), strict=True)]
-        losses = {name: torch.stack([o.losses[name] for o in out]).sum() for name in out[0].losses}
-        stats = {name: torch.stack([o.stats[name] for o in out]) for name in out[0].stats}
-        return Quantized(torch.cat([o.values for o in out], -1), torch.cat([o.tokens for o in out], -1), losses, stats)
+        """Losses are sums over the parts; stats are vectors, one number per sub-token."""
+        return side_by_side([part(x) for part, x in zip(self.parts, z.split(self.widths, -1), strict=True)])
+
+
+def side_by_side(parts: Sequence[Quantized]) -> Quantized:
+    """Results joined along the channels: losses are sums over the parts that have them, stats stand in their order."""
+    losses: dict[str, Tensor] = {}
+    for part in parts:
+        losses |= {name: losses[name] + loss if name in losses else loss for name, loss in part.losses.items()}
+    names = dict.fromkeys(name for part in parts for name in part.stats)
+    stats = {name: torch.cat([part.stats[name].reshape(-1) for part in parts if name in part.stats]) for name in names}
+    return Quantized(
+        torch.cat([part.values for part in parts], -1), torch.cat([part.tokens for part in parts], -1), losses, stats
+    )
 
 
 def join_ids(tokens: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -54,8 +62,3 @@ def _radix(sizes: Sequence[int], device: torch.device) -> Tensor:
     if math.prod(sizes) >= 2**63:
         raise ValueError(f"an id of {math.prod(sizes)} values does not fit into 63 bits: keep the ids apart")
     return torch.tensor([math.prod(sizes[:i]) for i in range(len(sizes))], device=device)
-
-
-def disentanglement(a: Tensor, b: Tensor) -> Tensor:
-    """The mean squared cosine of the codes of two parts of equal width (FQGAN, arXiv 2411.16681): in [0, 1]."""
-    return F.cosine_similarity(a, b, dim=-1).square().mean()

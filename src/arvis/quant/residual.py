@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from arvis.quant.base import Quantized
+from arvis.quant.product import side_by_side
 from arvis.quant.vq import straight_through
 
 
@@ -44,13 +45,16 @@ class Residual(nn.Module):
         return total
 
     def forward(self, z: Tensor, first: int | None = None) -> Quantized:
-        """Losses are means over the stages; stats are vectors, one number per stage."""
+        """Losses are means over the stages; stats are vectors, one number per sub-token.
+
+        Each stage sees the encoder's gradient: its input is z minus codes that count as constants.
+        """
         rest, total, parts = z, torch.zeros_like(z), []
         for stage in self.stages[:first]:
             part = stage(rest)
             code = stage.codes(part.tokens).detach()
             rest, total = rest - code, total + code
             parts.append(part)
-        losses = {name: torch.stack([p.losses[name] for p in parts]).mean() for name in parts[0].losses}
-        stats = {name: torch.stack([p.stats[name] for p in parts]) for name in parts[0].stats}
-        return Quantized(straight_through(z, total), torch.cat([p.tokens for p in parts], -1), losses, stats)
+        joined = side_by_side(parts)
+        losses = {name: loss / len(parts) for name, loss in joined.losses.items()}
+        return Quantized(straight_through(z, total), joined.tokens, losses, joined.stats)

@@ -6,14 +6,15 @@ from torch import Tensor
 
 
 def rotate_to(z: Tensor, q: Tensor) -> Tensor:
-    """The value of q, written as (|q| / |z|) R z with the rotation R that turns z towards q: [..., D].
+    """The value of q with the gradient of (|q| / |z|) R z, R the rotation that turns z towards q: [..., D].
 
     R and the ratio of lengths are constants, so the gradient of z is that of q, rotated back and scaled. Opposite
-    vectors have no such rotation; they get the gradient of a near one. Takes the place of `straight_through`.
+    vectors have no such rotation in one plane; they get the reflection. Takes the place of `straight_through`.
     """
     z_length, q_length = (x.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6) for x in (z, q))
     u, v = z.detach() / z_length, q.detach() / q_length
     w = u + v
     w = w / w.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     turned = z - 2 * w * (w * z).sum(-1, keepdim=True) + 2 * v * (u * z).sum(-1, keepdim=True)
-    return turned * (q_length / z_length)
+    turned = turned * (q_length / z_length)
+    return turned + (q - turned).detach()  # without the rounding of the rotation

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arvis.nn.wide import unrounded
 from arvis.quant.base import Quantized
-from arvis.quant.vq import nearest, straight_through, vq_losses, vq_stats
+from arvis.quant.vq import Estimator, nearest, straight_through, vq_losses, vq_stats, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,23 @@ class SimVQConfig:
 
 
 class SimVQ(nn.Module):
-    """Codes C W with C fixed ~ N(0, 1/d): all move together, so that few die. [..., D] -> ids [..., 1]."""
+    """Codes C W with C fixed ~ N(0, 1/d): all move together, so that few die. [..., D] -> ids [..., 1].
+
+    `transform` takes the place of the linear map W, such as a small MLP; W starts as the identity.
+    """
 
     frozen_codebook: Tensor
 
-    def __init__(self, config: SimVQConfig) -> None:
+    def __init__(
+        self, config: SimVQConfig, transform: nn.Module | None = None, estimator: Estimator = straight_through
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.estimator = config, estimator
         self.register_buffer("frozen_codebook", torch.randn(config.size, config.width) * config.width**-0.5)
-        self.code_transform = nn.Linear(config.width, config.width, bias=False)
-        nn.init.eye_(self.code_transform.weight)
+        if transform is None:
+            transform = nn.Linear(config.width, config.width, bias=False)
+            nn.init.eye_(transform.weight)
+        self.code_transform = transform
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -50,8 +57,8 @@ class SimVQ(nn.Module):
         return F.embedding(tokens[..., 0], self.table())
 
     def forward(self, z: Tensor) -> Quantized:
-        z, table_VD = z if z.dtype == torch.float64 else z.float(), self.table()
+        z, table_VD = wide(z), self.table()
         tokens = nearest(z, table_VD)[..., None]
         q = F.embedding(tokens[..., 0], table_VD)
         losses = vq_losses(z, q, self.config.beta)
-        return Quantized(straight_through(z, q), tokens, losses, vq_stats(tokens, self.config.size))
+        return Quantized(self.estimator(z, q), tokens, losses, vq_stats(tokens, self.config.size))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from arvis.quant.base import Quantized
 from arvis.quant.entropy import bit_entropies
 from arvis.quant.lookup_free import bits_of
+from arvis.quant.usage import token_stats
 from arvis.quant.vq import straight_through, unit
 
 
@@ -17,7 +18,8 @@ from arvis.quant.vq import straight_through, unit
 class BSQConfig:
     """`bits` channels; the loss is `entropy` / tau (`decision` sample - `diversity` batch) + `commit` commitment.
 
-    tau is `inverse_temperature`. The batch entropy is the sum over bits, an upper bound of the joint one.
+    tau is `inverse_temperature`; `entropy` is the product of the two official weights of the term. The batch entropy is
+    the sum over bits, an upper bound of the joint one.
     """
 
     bits: int = 16
@@ -61,5 +63,5 @@ class BSQ(nn.Module):
             "entropy_batch": batch.detach(),
             "commit": commit.detach(),
         }
-        stats = {"bit_mean": tokens.float().mean(tuple(range(tokens.dim() - 1)))}
+        stats = {**token_stats(tokens, self.sizes), "bit_mean": tokens.float().mean(tuple(range(tokens.dim() - 1)))}
         return Quantized(straight_through(u, q), tokens, losses, stats)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from arvis.nn.wide import unrounded
 from arvis.quant.base import Quantized
-from arvis.quant.usage import count, perplexity, used
+from arvis.quant.entropy import distance_entropies
+from arvis.quant.usage import token_stats
 
 _CHUNK = 2**24
 """Distances held at once: 64 MiB of float32."""
@@ -41,9 +42,14 @@ def nearest_cosine(z: Tensor, table_VD: Tensor, chunk: int = _CHUNK) -> Tensor:
     return nearest(unit(z), unit(table_VD), chunk)
 
 
+def wide(x: Tensor) -> Tensor:
+    """The same in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors of length one along the last axis, at least in float32."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
+    return F.normalize(wide(x), dim=-1, eps=1e-12)
 
 
 def straight_through(z: Tensor, q: Tensor) -> Tensor:
@@ -57,12 +63,18 @@ Estimator = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
-    """`size` codes of `width` channels; `beta` weighs the commitment term; `legacy_beta` puts it on the other one."""
+    """`size` codes of `width` channels; `beta` weighs the commitment term; `legacy_beta` puts it on the other one.
+
+    `entropy` weighs the regulariser that keeps choices decided and all codes in use, a softmax over squared distances
+    at `temperature` (LlamaGen has the term, FQGAN uses it with 0.03). It holds one number per vector and code.
+    """
 
     size: int = 1024
     width: int = 256
     beta: float = 0.25
     legacy_beta: bool = False
+    entropy: float = 0.0
+    temperature: float = 0.01
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.width < 1:
@@ -76,10 +88,18 @@ def vq_losses(z: Tensor, q: Tensor, beta: float, legacy_beta: bool = False) -> d
     return {"vq": vq, "codebook": codebook.detach(), "commit": commit.detach()}
 
 
+def regularised(losses: dict[str, Tensor], config: VQConfig, z: Tensor, table_VD: Tensor) -> dict[str, Tensor]:
+    """The losses with the entropy term of a configuration, whose parts are added by name."""
+    if config.entropy == 0:
+        return losses
+    sample, batch = distance_entropies(z, table_VD, config.temperature)
+    vq = losses["vq"] + config.entropy * (sample - batch)
+    return {**losses, "vq": vq, "entropy_sample": sample.detach(), "entropy_batch": batch.detach()}
+
+
 def vq_stats(tokens: Tensor, size: int) -> dict[str, Tensor]:
-    """Usage and perplexity inside this batch alone."""
-    hits_V = count(tokens, size)
-    return {"usage": used(hits_V), "perplexity": perplexity(hits_V)}
+    """Usage and perplexity of ids [..., 1] inside this batch alone."""
+    return token_stats(tokens, (size,))
 
 
 class VQ(nn.Module):
@@ -102,10 +122,11 @@ class VQ(nn.Module):
         return self.embedding(tokens[..., 0])
 
     def forward(self, z: Tensor) -> Quantized:
-        z = z.float() if z.dtype != torch.float64 else z
+        z = wide(z)
         tokens = self.encode(z)
         q = self.codes(tokens)
         losses = vq_losses(z, q, self.config.beta, self.config.legacy_beta)
+        losses = regularised(losses, self.config, z, self.embedding.weight)
         return Quantized(self.estimator(z, q), tokens, losses, vq_stats(tokens, self.config.size))
 
 
@@ -136,4 +157,5 @@ class CosineVQ(nn.Module):
         tokens = self.encode(u)
         q = self.codes(tokens)
         losses = vq_losses(u, q, self.config.beta, self.config.legacy_beta)
+        losses = regularised(losses, self.config, u, unit(self.embedding.weight))
         return Quantized(self.estimator(u, q), tokens, losses, vq_stats(tokens, self.config.size))
