@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from arvis.data.batches import Dataset
 
-__all__ = ["open_data"]
+__all__ = ["fingerprint", "open_data"]
 
 _NAMES = ("emoji", "scenes")
 
@@ -50,6 +51,20 @@ def open_data(spec: str, size: int, seed: int = 0, split: str = "train") -> Data
         f"no data set {spec!r} ({found}); expected 'emoji', 'scenes', 'emoji+scenes', a folder of pictures, "
         "or .parquet or .tar files"
     )
+
+
+def fingerprint(spec: str) -> str:
+    """A text that changes when the files behind a data set do: their names, sizes and times."""
+    world = all(part in _NAMES for part in spec.split("+"))
+    root = Path(__file__).parent if world else Path(spec)
+    if world:
+        files = list(root.glob("emoji*.zip"))
+    elif root.is_dir():
+        files = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    else:
+        files = [Path(name) for name in ([spec] if root.is_file() else glob.glob(spec))]
+    told = [(file.relative_to(root if root.is_dir() else file.parent), file.stat()) for file in sorted(files)]
+    return "\n".join([spec if world else "", *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in told)])
 
 
 def _open_world(name: str, size: int, seed: int, split: str) -> Dataset:

@@ -55,6 +55,9 @@ class FolderSource:
     def name(self, i: int) -> str:
         return str(self.root / self._names[i])
 
+    def key(self, i: int) -> str:
+        return self._names[i]
+
     def record(self, i: int) -> Record:
         name = self._names[i]
         folder = _folder(name)

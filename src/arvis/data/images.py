@@ -58,22 +58,24 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square at `size` x `size`, with the filters of ADM's evaluation code (arXiv 2105.05233).
+def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The middle of a picture at `size` x `size`, or (Y, X), with the filters of ADM's evaluation code (2105.05233).
 
-    The picture is halved by box averages while its short side is at least twice `size`, then resized (bicubic) so that
-    the short side is `size`, then cropped.
+    The picture is halved by box averages while each side is at least twice its size, then resized (bicubic) so that it
+    just covers the size, then cropped.
     """
-    image = _short_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    y, x = (size, size) if isinstance(size, int) else size
+    image = _covering(image, y, x)
+    left, top = (image.width - x) // 2, (image.height - y) // 2
+    return image.crop((left, top, left + x, top + y))
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator, smallest: float = 0.8) -> Image.Image:
     """A random square of at least `smallest` of the short side, at `size` x `size`, filtered as in `centre_crop`."""
     if not 0 < smallest <= 1:
         raise ValueError(f"smallest must be in (0, 1], got {smallest}")
-    image = _short_side(image, int(rng.integers(size, math.ceil(size / smallest) + 1)))
+    side = int(rng.integers(size, math.ceil(size / smallest) + 1))
+    image = _covering(image, side, side)
     left, top = int(rng.integers(image.width - size + 1)), int(rng.integers(image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
 
@@ -83,12 +85,12 @@ def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
-def _short_side(image: Image.Image, size: int) -> Image.Image:
-    if size < 1:
-        raise ValueError(f"a picture needs a positive size, got {size}")
-    while min(image.size) >= 2 * size:
+def _covering(image: Image.Image, y: int, x: int) -> Image.Image:
+    if min(y, x) < 1:
+        raise ValueError(f"a picture needs a positive size, got {y if y == x else (y, x)}")
+    while image.width >= 2 * x and image.height >= 2 * y:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(x / image.width, y / image.height)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 

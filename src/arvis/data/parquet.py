@@ -80,6 +80,10 @@ class ParquetSource:
         k, group, row = self._locate(i)
         return f"{self._paths[k]}:{group}:{row}"
 
+    def key(self, i: int) -> str:
+        k, group, row = self._locate(i)
+        return f"{self._paths[k].name}:{group}:{row}"
+
     def record(self, i: int) -> Record:
         k, group, row = self._locate(i)
         values = self._read_group(k, group)[row]

@@ -26,13 +26,17 @@ class Record:
 
 
 class Source(Protocol):
-    """Where records come from: a folder, parquet files, tar files. `name(i)` is what reports call record i."""
+    """Where records come from: a folder, parquet files, tar files.
+
+    `name(i)` is what reports call record i, `key(i)` its name below the folder or in the file, wherever that lies.
+    """
 
     classes: tuple[str, ...]
     skipped: list[tuple[str, str]]
 
     def __len__(self) -> int: ...
     def name(self, i: int) -> str: ...
+    def key(self, i: int) -> str: ...
     def record(self, i: int) -> Record: ...
 
 
@@ -76,8 +80,12 @@ class Pictures:
             f"none of the {len(self)} pictures could be read; the first: {self.skipped[0][0]}: {self.skipped[0][1]}"
         )
 
+    def name(self, i: int) -> str:
+        """What reports call picture i."""
+        return self._source.key(self._indices[i])
+
     def split(self, which: str) -> Pictures:
-        """ "all", "heldout" (one picture in twenty, by a hash of its name) or "train" (the others).
+        """ "all", "heldout" (one picture in twenty, by a hash of its name, but at least one) or "train" (the others).
 
         Fewer than 40 pictures are not divided: all of them are "train", and "heldout" is a ValueError.
         """
@@ -90,7 +98,10 @@ class Pictures:
                 f"{len(self)} pictures are too few to hold some out (at least {SMALLEST_TO_SPLIT}); put the held-out "
                 "ones in a folder of their own"
             )
-        held = [_hash(self._source.name(i)) % HELD_OUT_SHARE == 0 for i in self._indices]
+        hashes = [_hash(self._source.key(i)) for i in self._indices]
+        held = [h % HELD_OUT_SHARE == 0 for h in hashes]
+        if not any(held):
+            held[hashes.index(min(hashes))] = True
         keep = [i for i, is_held in zip(self._indices, held, strict=True) if is_held == (which == "heldout")]
         return Pictures(self._source, self.size, keep)
 

@@ -62,6 +62,9 @@ class TarSource:
     def name(self, i: int) -> str:
         return f"{self._examples[i].tar}:{self._examples[i].key}"
 
+    def key(self, i: int) -> str:
+        return f"{self._examples[i].tar.name}:{self._examples[i].key}"
+
     def record(self, i: int) -> Record:
         example = self._examples[i]
         parts = {}
