@@ -133,6 +133,22 @@ def test_the_first_misfit_is_named_with_both_names_and_shapes():
     assert torch.equal(net.embedding.weight, before), "a refused file must change nothing"
 
 
+def test_absurd_shapes_are_refused_before_anything_is_made_of_them():
+    file = official()
+    file["layers.0.att.q.weight"] = torch.zeros(1, 1).expand(10**9, 10**9)  # fused, it would take exabytes
+    with pytest.raises(WeightsError, match=r"q\.weight is \(1000000000, 1000000000\) and blocks\.0\.qkv\.weight needs"):
+        load_official(Net(), KEYS, file)
+
+
+def test_a_module_on_meta_is_filled_without_a_second_copy():
+    with torch.device("meta"):
+        net = nn.Linear(4, 3)
+    file = {"weight": torch.randn(3, 4), "bias": torch.randn(3).half()}
+    load_official(net, SAME_NAMES, file)
+    assert net.weight.data_ptr() == file["weight"].data_ptr(), "the same number format is not copied"
+    assert net.bias.dtype == torch.float32 and torch.equal(net.bias, file["bias"].float())
+
+
 def test_unequal_parts_are_not_fused():
     file = official()
     file["layers.0.att.q.bias"], file["layers.0.att.k.bias"] = torch.randn(WIDTH + 2), torch.randn(WIDTH - 2)

@@ -106,15 +106,21 @@ def _listed(kind: str, names: Sequence[str]) -> str:
 
 
 def load_official(
-    module: nn.Module, keys: Iterable[Key], tensors: Mapping[str, Tensor], strict: bool = True, source: str = "the file"
+    module: nn.Module,
+    keys: Iterable[Key],
+    tensors: Mapping[str, Tensor],
+    strict: bool = True,
+    source: str = "the file",
+    device: torch.device | str = "cpu",
 ) -> Report:
-    """Fill a module from official tensors, cast to its number formats; a module on the meta device gets their storage.
+    """Fill a module from official tensors, cast to its number formats.
 
+    A module on the meta device gets their storage, tensor by tensor on `device`, so that nothing lies in memory twice.
     Nothing is changed unless everything fits. `strict=False` tolerates official tensors that no row knows, and nothing
     else. Raises WeightsError naming the first tensor that does not fit with both shapes, then what is missing and
     unexpected. The report says by name what was left out or kept.
     """
-    own, report, loaded = _match(module, keys, tensors)
+    own, report, loaded = _match(module, keys, tensors, device)
     if report.unexpected and not strict:
         left_out = (*report.left_out, *report.unexpected)
         report = Report(**{**vars(report), "unexpected": (), "left_out": left_out})
@@ -124,8 +130,6 @@ def load_official(
         if names:
             _log.info("%s: %s: %s", source, kind, ", ".join(names))
     on_meta = any(tensor.is_meta for tensor in own.values())
-    if on_meta:
-        loaded = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
     module.load_state_dict(loaded, strict=False, assign=on_meta)
     if on_meta:
         empty = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
@@ -228,9 +232,9 @@ def _back(own: Mapping[str, Tensor], keys: tuple[Key, ...]) -> dict[str, Tensor]
 
 
 def _match(
-    module: nn.Module, keys: Iterable[Key], tensors: Mapping[str, Tensor]
+    module: nn.Module, keys: Iterable[Key], tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], Report, dict[str, Tensor]]:
-    """The module's tensors, how a file fits, and our tensors of those that do."""
+    """The module's tensors, how a file fits, and our tensors of those that do (on `device` for a module on meta)."""
     keys, own = tuple(keys), {name: tensor.detach() for name, tensor in module.state_dict().items()}
     plan = _plan(own, keys, tensors)
     loaded: dict[str, Tensor] = {}
@@ -248,7 +252,11 @@ def _match(
             elif step.ours:
                 missing += absent
             continue
-        wrong = _fit(step, own, tensors, loaded)
+        made: dict[str, Tensor] = {}
+        wrong = _fit(step, own, tensors, made)
+        for name, tensor in made.items():
+            real = own[name].is_meta and not tensor.is_meta
+            loaded[name] = tensor.to(device, own[name].dtype) if real else tensor
         if wrong and not step.key.optional:
             misfits.append(wrong)
         elif wrong:
@@ -286,17 +294,29 @@ def _fit(
         mine = [torch.empty_like(mine[0], device=theirs[0].device)]
     needed = [tuple(tensor.shape) for tensor in step.key.transform.to_official([t.to("meta") for t in mine])]
     found = [tuple(tensor.shape) for tensor in theirs]
+    made, reason = None, ""
     try:
-        made = step.key.transform.to_ours(theirs, mine)
-        wrong = next((pair for pair in zip(step.ours, made, strict=True) if pair[1].shape != own[pair[0]].shape), None)
-        reason = f"as ours it is {tuple(wrong[1].shape)}, not {tuple(own[wrong[0]].shape)}" if wrong else ""
+        if found != needed:  # on shapes alone first: a hostile file may state any size
+            on_meta = [t.to("meta") for t in theirs], [t.to("meta") for t in mine]
+            reason = _unlike(step, step.key.transform.to_ours(*on_meta), own)
+        if not reason:
+            made = step.key.transform.to_ours(theirs, mine)
+            reason = _unlike(step, made, own)
     except (ValueError, RuntimeError, IndexError) as error:
-        made, reason = None, str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
     if made is not None and not reason:
         loaded.update(zip(step.ours, made, strict=True))
         return None
     at = next((i for i in range(len(found)) if found[i] != needed[i]), 0)
     return Mismatch(", ".join(step.ours), step.official[at], needed[at], found[at], "" if found != needed else reason)
+
+
+def _unlike(step: _Step, made: Sequence[Tensor], own: Mapping[str, Tensor]) -> str:
+    """The first tensor of a row that has not the shape of ours, in words; empty where all have."""
+    for name, tensor in zip(step.ours, made, strict=True):
+        if tensor.shape != own[name].shape:
+            return f"as ours it is {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+    return ""
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
