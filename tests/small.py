@@ -33,6 +33,11 @@ def small(slug: str) -> Model:
     return Model(system, slug=slug, name=f"{slug}-tiny", config=config, settings={}, source={"licence": "MIT"})
 
 
+def request(slug: str) -> dict[str, str | int]:
+    """A condition that the tiny system takes."""
+    return {"prompt": "red apple"} if "prompt" in built(slug)[0].conditions else {"class_labels": 1}
+
+
 def picture(size: int = 40, seed: int = 0) -> Image.Image:
     """Random blobs."""
     cells = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 import arvis
 from arvis import loading, model
 from arvis.config import ConfigError
-from arvis.editing import keep_tokens
 from arvis.weights import WeightsError
 from small import halves, picture, small
 
@@ -115,34 +114,6 @@ def test_what_cannot_be_painted_is_told(slug, asked, told):
 
 
 # -- painting a part anew ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("slug", WHAT)
-def test_tokens_outside_the_mask_are_the_pictures(slug):
-    m, original = small(slug), picture()
-    own = m.tokens([original])
-    drawn = list(m.stream(**WHAT[slug], n=6, image=original, mask=halves()))[-1].tokens()
-    y, x = m.size
-    keep = keep_tokens(torch.arange(x).expand(y, x) < x // 2, m.layout)[0]
-    assert 0 < keep[m.layout.span(m.layout.K - 1)].sum() < m.layout.sizes[-1]
-    assert torch.equal(drawn[:, keep], own.expand(6, -1, -1)[:, keep])
-    assert (drawn[:, ~keep] != own[:, ~keep]).any(), "the rest is painted"
-
-
-@pytest.mark.parametrize("slug", WHAT)
-def test_a_mask_without_white_keeps_everything(slug):
-    m, original = small(slug), picture()
-    steps = list(m.stream(**WHAT[slug], n=2, image=original, mask=Image.new("L", (8, 8), 0)))
-    assert len(steps) == 1 and steps[0].done
-    assert torch.equal(steps[0].tokens(), m.tokens([original, original]))
-    assert pixels(steps[0].pictures()) == pixels(m.reconstruct([original, original]))
-
-
-@pytest.mark.parametrize("slug", WHAT)
-def test_a_white_mask_is_plain_generation(slug):
-    m = small(slug)
-    white = m.generate(**WHAT[slug], n=2, image=picture(), mask=Image.new("L", (8, 8), 255))
-    assert pixels(white) == pixels(m.generate(**WHAT[slug], n=2))
 
 
 def test_half_a_request_and_masks_of_another_shape_are_refused():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
-from arvis.editing import keep_tokens
+from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
 from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
 from arvis.noise import Noise
 from arvis.state import Parallel
@@ -117,17 +117,19 @@ class Model:
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
         image: Picture | None = None,
-        mask: Picture | None = None,
+        mask: Picture | Box | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> list[Image.Image]:
         """Pictures of a prompt or class: `n` of each. The same request gives the same pictures.
 
         Picture i depends on (prompt, settings, seed, i) and on nothing else, so asking for more adds to those there.
         `settings` changes sampling settings ("cfg_scale", "top_k", "top_p", ...). With `image`, only the white part of
-        `mask` is painted anew and the rest is kept (approximately: what is kept are tokens); with a mask that is white
-        inside, outside or under another prompt this is in-painting, out-painting and editing.
+        `mask` (or the inside of a box of fractions) is painted anew and the rest is kept (approximately: what is kept
+        are tokens); with a mask that is white inside, outside or under another prompt this is in-painting, out-painting
+        and editing.
 
-        Raises ValueError for a condition the model does not take, one of image and mask alone, and too many pictures.
+        Raises ValueError for a condition the model does not take, one of image and mask alone, a mask of another shape
+        than its image, and too many pictures.
         """
         last = None
         for last in self.stream(
@@ -147,7 +149,7 @@ class Model:
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
         image: Picture | None = None,
-        mask: Picture | None = None,
+        mask: Picture | Box | None = None,
     ) -> Iterator[Progress]:
         """The steps of `generate`, coarse to fine. Stop iterating to cancel; call `pictures` before the next step."""
         if n < 1:
@@ -156,8 +158,8 @@ class Model:
         with self._running():
             cond = self.system.prepare(self._request(prompt, class_labels))
             prompts = len(next(iter(cond.values()), [None]))
-            self._affordable(n * prompts)
             given = self._given(image, mask, layout)
+            self._affordable(n * prompts)
             seeds = Noise.of(seed, n, self.device).seed_B.repeat(prompts)
             which = torch.arange(n * prompts, device=self.device) // n
         batches = [slice(first, first + BATCH) for first in range(0, n * prompts, BATCH)]
@@ -253,8 +255,7 @@ class Model:
             return [to_pil(x) for x in decode()]
 
     def _batch(self, pictures: Sequence[Picture]) -> Tensor:
-        size = self.size[0]
-        cropped = [to_tensor(centre_crop(_open(p), size)) for p in pictures]
+        cropped = [to_tensor(centre_crop(_open(p), self.size)) for p in pictures]
         return to_network(torch.stack(cropped)).to(self.device)
 
     def _request(
@@ -289,7 +290,7 @@ class Model:
                 f"{MOST_BYTES // bytes_each}: ask for fewer, several times, with other seeds"
             )
 
-    def _given(self, image: Picture | None, mask: Picture | None, layout: Layout) -> Pin | None:
+    def _given(self, image: Picture | None, mask: Picture | Box | None, layout: Layout) -> Pin | None:
         """The tokens [1, N, S] of `image` outside the white part of `mask`; None where nothing is kept."""
         if image is None and mask is None:
             return None
@@ -298,7 +299,9 @@ class Model:
             raise ValueError(
                 f"got {has} without {lacks}: painting a part anew needs both (white marks what is painted)"
             )
-        picture, white = _open(image), _open(mask)
+        refuse_other_axes(layout)
+        picture = _open(image)
+        white = box_picture(mask, picture.size) if isinstance(mask, tuple | list) else _open(mask)
         if abs(picture.width * white.height / (picture.height * white.width) - 1) > 0.02:
             raise ValueError(
                 f"the mask is {white.width}x{white.height}, the image {picture.width}x{picture.height}: "

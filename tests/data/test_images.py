@@ -62,6 +62,14 @@ def test_centre_crop_keeps_the_middle():
         centre_crop(_noise(8, 8), 0)
 
 
+def test_centre_crop_to_a_shape_covers_it():
+    array = np.zeros((60, 120, 3), np.uint8)
+    array[:, 45:75] = (255, 0, 0)
+    assert (np.array(centre_crop(Image.fromarray(array), (60, 30))) == (255, 0, 0)).all()
+    for shape in ((20, 40), (40, 20), (7, 90), (60, 120)):
+        assert centre_crop(Image.fromarray(array), shape).size == shape[::-1]
+
+
 def test_random_crop_and_flip_follow_the_generator():
     image = _noise(120, 90)
     first = [np.array(random_crop(image, 32, np.random.default_rng(k))) for k in range(12)]

@@ -25,7 +25,7 @@ def generate(
     seed: int = 0,
     preview: bool = False,
     image: Path | None = None,
-    mask: Path | None = None,
+    mask: str | None = None,
     device: str = "auto",
     set: Set = (),
 ) -> None:
@@ -39,7 +39,7 @@ def generate(
         seed: The same seed paints the same pictures.
         preview: Write the picture after each step beside the result, too.
         image: A picture to repaint in part, together with --mask.
-        mask: White where --image is painted anew.
+        mask: A picture that is white where --image is painted anew, or a box y0,x0,y1,x1 in fractions of it.
         device: cpu, cuda, or auto: a GPU where there is one.
         set: Sampling settings, such as cfg_scale=3 top_k=100.
     """
@@ -48,7 +48,8 @@ def generate(
 
     began = time.perf_counter()
     place_for_picture(out)
-    if mask is not None and max(read_image(mask).convert("L").tobytes()) < 128:
+    where = None if mask is None else _box(mask) or Path(mask)
+    if isinstance(where, Path) and max(read_image(where).convert("L").tobytes()) < 128:
         raise ValueError(f"{mask} has no white, and white marks what is painted anew")
     loaded = arvis.load(model, device=device)
     settings = _settings(set, loaded)
@@ -61,7 +62,7 @@ def generate(
     columns = math.isqrt(max(n - 1, 0)) + 1
     last = None
     with progress(None, "step") as bar:
-        for last in loaded.stream(**what, n=n, seed=seed, settings=settings, image=image, mask=mask):
+        for last in loaded.stream(**what, n=n, seed=seed, settings=settings, image=image, mask=where):
             bar.total = last.K
             bar.update(last.k - bar.n)
             if preview and not last.done:
@@ -99,7 +100,7 @@ def reconstruct(
     place_for_picture(out)
     opened = [read_image(path) for path in pictures]
     loaded = arvis.load(model, device=device)
-    before = [centre_crop(image, loaded.size[0]) for image in opened]
+    before = [centre_crop(image, loaded.size) for image in opened]
     after = loaded.reconstruct(before)
     about = {"arvis": __version__, "model": loaded.name, "pictures": [path.name for path in pictures]}
     save_image(grid([*before, *after], len(before)), out, about)
@@ -143,6 +144,15 @@ def _settings(texts: Sequence[str], loaded: Any) -> dict[str, Any]:
     """--set key=value as sampling settings, checked against the model's."""
     changed = to_dict(override(loaded.sampling(), list(texts)))
     return {name: value for name, value in changed.items() if any(t.split("=")[0].strip() == name for t in texts)}
+
+
+def _box(text: str) -> tuple[float, float, float, float] | None:
+    """Four numbers with commas between them; None for a file."""
+    try:
+        y0, x0, y1, x1 = map(float, text.split(","))
+    except ValueError:
+        return None
+    return y0, x0, y1, x1
 
 
 def _number(text: str, name: str) -> int:
