@@ -50,9 +50,9 @@ class Machine:
 
 @dataclass(kw_only=True)
 class Cost:
-    """The work of one batch by phase ("start", "steps", "decode"), and bytes of memory.
+    """The work of one batch by phase ("start", "first step", "later steps", "decode"), and bytes of memory.
 
-    `weights` are all parameters and buffers in the counted number format, `cache` the keys and values at the end, and
+    `weights` are all parameters and buffers, `cache` the keys and values at the end, and
     `working` the most that lived at once beside both.
     """
 
@@ -77,10 +77,14 @@ class Cost:
 
 
 class Counting(TorchDispatchMode):
-    """Notes every counted call in `work`, and how many bytes of new tensors live at once."""
+    """Notes every counted call in `work`, and how many bytes of new tensors live at once.
 
-    def __init__(self) -> None:
+    Numbers that are no integers take `width` bytes each, whatever format they are counted in.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
         self.work = Work()
         self.alive = self.most = 0
         self._known: set[int] = set()
@@ -89,15 +93,18 @@ class Counting(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         rule = OPERATIONS.get(func.overloadpacket)
         if rule is not None:
-            moved = sum(_bytes(x) for x in (*args, out) if isinstance(x, Tensor))
+            moved = sum(self.bytes(x) for x in (*args, out) if isinstance(x, Tensor))
             self.work.append((rule(*args, out), moved))
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor) and not x.is_sparse:
-                self._note(x.untyped_storage())
+                self._note(x.untyped_storage(), x)
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def bytes(self, x: Tensor) -> int:
+        return x.numel() * (self.width if x.is_floating_point() else x.element_size())
+
+    def _note(self, storage: torch.UntypedStorage, x: Tensor) -> None:
+        key, size = storage._cdata, storage.nbytes() // x.element_size() * (self.bytes(x) // max(x.numel(), 1))
         if key in self._known:
             return
         self._known.add(key)
@@ -108,10 +115,6 @@ class Counting(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.alive -= size
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 def _linear(x: Tensor, weight: Tensor, *rest: Any) -> float:
@@ -153,14 +156,14 @@ OPERATIONS: dict[Any, Callable[..., float]] = {
 
 
 @torch.inference_mode()
-def count(system: Any, sampling: Any, batch: int = 1) -> Cost:
-    """The cost of generating a batch with a system that lies on the meta device, in the number format of its weights.
+def count(system: Any, sampling: Any, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
+    """The cost of generating a batch in a number format with a system that lies on the meta device.
 
     The condition is the null one (of equal cost); guidance rows are counted as the settings ask for them.
     """
     cost = Cost(batch=batch, steps=0)
-    cost.weights = sum(_bytes(x) for x in (*system.parameters(), *system.buffers()))
-    with Counting() as counting:
+    with Counting(dtype.itemsize) as counting:
+        cost.weights = sum(counting.bytes(x) for x in (*system.parameters(), *system.buffers()))
 
         def phase(name: str) -> None:
             counting.work = cost.phases.setdefault(name, Work())
@@ -172,7 +175,7 @@ def count(system: Any, sampling: Any, batch: int = 1) -> Cost:
             d = system.predict(s)
             system.commit(s, d, at(s.tokens, d.where))
             cost.steps += 1
-        cost.cache = sum(_bytes(x) for c in s.cache.values() for x in (*c.k.values(), *c.v.values()))
+        cost.cache = sum(counting.bytes(x) for c in s.cache.values() for x in (*c.k.values(), *c.v.values()))
         phase("decode")
         system.tokenizer.decode(s.tokens, s.layout)
     cost.working = max(0, counting.most - cost.cache)
@@ -191,10 +194,10 @@ def measure(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: flo
 
 
 def _best(run: Callable[[], Any], device: torch.device | str, seconds: float) -> float:
-    """The shortest of the runs that fit into a time."""
+    """The shortest of the runs that fit into a time, but for the first one."""
     best, end, cuda = math.inf, time.perf_counter() + seconds, torch.device(device).type == "cuda"
     run()
-    while time.perf_counter() < end:
+    while best == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         if cuda:
