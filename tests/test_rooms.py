@@ -17,7 +17,7 @@ import arvis
 ROOMS = (
     ("config", "tokens", "noise", "rows", "orders"),
     ("nn",),
-    ("denoise", "sampling", "dist", "state"),
+    ("diffusion", "denoise", "sampling", "dist", "state"),
     ("quant", "tokenizers"),
     ("next_token", "walk", "search", "speculative", "editing"),
     ("published", "weights"),

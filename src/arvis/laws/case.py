@@ -104,7 +104,8 @@ class Case:
         """A distribution as numbers [B, n, .]: likelihoods or directions of a few random tokens, else a few samples."""
         if isinstance(d, Solved):
             probes = [at(self.tokens(f"probe {i}"), d.where) for i in range(2)]
-            return torch.cat([d.field(x.double(), t) for x in probes for t in (0.125, 0.5)], -1)
+            width = d.shape[-1]  # a variance that comes behind the direction is not guided
+            return torch.cat([d.field(x.double(), t)[..., :width] for x in probes for t in (0.125, 0.5)], -1)
         try:
             return torch.stack([d.log_prob(at(self.tokens(f"probe {i}"), d.where)) for i in range(4)], -1)
         except NotImplementedError:

@@ -12,10 +12,10 @@ from torch import Tensor
 Pairs = Literal["interleaved", "halves"]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
     """softmax(scale q k^T) v over [B, H, R, h]; mask bool [B|1, 1, Q, K], True = visible.
 
-    A row that sees nothing gives 0."""
+    A row that sees nothing gives 0. `dropout` is the part of the softmax weights to drop (0 but in training)."""
     blind = None
     if mask is not None:
         blind = ~mask.any(
@@ -26,9 +26,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         # the backward of the fused CPU kernel takes several times as long as these products
         score = (q * scale) @ k.mT
         score = score if mask is None else score.masked_fill(~mask, float("-inf"))
-        out = score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype) @ v
+        weight = score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(v.dtype)
+        out = (F.dropout(weight, dropout) if dropout else weight) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
     return out if blind is None else out.masked_fill(blind, 0)
 
 

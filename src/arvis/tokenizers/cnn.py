@@ -17,7 +17,9 @@ class CNNConfig:
     """Channels are `ch` times `ch_mult` per resolution; each resolution after the first halves the map.
 
     `using_sa` puts attention after every block of the lowest resolution (`decoder_sa`: there in the decoder, too),
-    `using_mid_sa` between the two middle blocks. `double_z` makes the encoder give a mean and a log variance.
+    `using_mid_sa` between the two middle blocks. `sa_levels` and `decoder_sa_levels` are further resolutions with
+    attention (0: the full one). `double_z` makes the encoder give a mean and a log variance. `decoder_ch_mult` is the
+    decoder's where it differs; `halvings` is how many of the first resolutions are halved, by default all but the last.
     """
 
     ch: int = 160
@@ -28,16 +30,28 @@ class CNNConfig:
     using_sa: bool = True
     decoder_sa: bool = True
     using_mid_sa: bool = True
+    sa_levels: tuple[int, ...] = ()
+    decoder_sa_levels: tuple[int, ...] = ()
     double_z: bool = False
+    decoder_ch_mult: tuple[int, ...] = ()
+    halvings: int | None = None
 
     def __post_init__(self) -> None:
+        levels = min(len(self.ch_mult), len(self.decoder_ch_mult or self.ch_mult))
+        if not 0 <= self.downs < levels:
+            raise ValueError(f"{levels} resolutions can be halved up to {levels - 1} times, got halvings={self.downs}")
         if self.ch % 32 and self.ch % 24:
             raise ValueError(f"group normalisation has 32 or 24 groups: ch must be a multiple of one, got {self.ch}")
 
     @property
+    def downs(self) -> int:
+        """How often the map is halved."""
+        return len(self.ch_mult) - 1 if self.halvings is None else self.halvings
+
+    @property
     def downsample(self) -> int:
         """Pixels per cell along each axis."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return 2**self.downs
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -148,8 +162,9 @@ class CNNEncoder(nn.Module):
         for level, width in enumerate(widths):
             before = config.ch if level == 0 else widths[level - 1]
             channels = [before, *[width] * config.num_res_blocks]
-            down = Downsample(width) if level < last else None
-            self.down.append(Stage(channels, config.using_sa and level == last, downsample=down))
+            down = Downsample(width) if level < config.downs else None
+            attention = level in config.sa_levels or (config.using_sa and level == last)
+            self.down.append(Stage(channels, attention, downsample=down))
         self.mid = Middle(widths[-1], config.using_mid_sa)
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels * (1 + config.double_z), 3, padding=1)
@@ -167,7 +182,7 @@ class CNNDecoder(nn.Module):
     def __init__(self, config: CNNConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.ch * m for m in config.ch_mult]
+        widths = [config.ch * m for m in config.decoder_ch_mult or config.ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.using_mid_sa)
@@ -175,8 +190,9 @@ class CNNDecoder(nn.Module):
         for level, width in enumerate(widths):
             before = widths[min(level + 1, last)]
             channels = [before, *[width] * (config.num_res_blocks + 1)]
-            up = Upsample(width) if level > 0 else None
-            attention = config.using_sa and config.decoder_sa and level == last
+            up = Upsample(width) if 0 < level <= config.downs else None
+            lowest = config.using_sa and config.decoder_sa and level == last
+            attention = level in config.decoder_sa_levels or lowest
             self.up.append(Stage(channels, attention, upsample=up))
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
