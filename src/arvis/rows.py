@@ -97,6 +97,15 @@ def tree_tags(parent_BL: Tensor) -> Tensor:
     return (enter | (enter + size) << _HALF)[:, 1:]
 
 
+def lone_tags(hidden_BR: Tensor) -> Tensor:
+    """Tags int32 [B, R] of padding: `tree` shows a row that is `hidden` to itself alone, others have tag 0.
+
+    Padding is a draft that nobody follows. Its numbers count down from the highest, where no draft tree reaches.
+    """
+    number = (1 << _HALF) - 1 - torch.arange(hidden_BR.shape[1], dtype=torch.int32, device=hidden_BR.device)
+    return torch.where(hidden_BR, number | (number + 1) << _HALF, 0)
+
+
 def depths(parent_BL: Tensor) -> Tensor:
     """Steps from the root to each node, int64 [B, L]: 1 for its children."""
     depth = torch.zeros(len(parent_BL), parent_BL.shape[1] + 1, dtype=torch.int64)

@@ -82,6 +82,21 @@ def top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     return logits.masked_fill(drop.scatter(-1, index, drop), float("-inf"))
 
 
+def nucleus(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Keep the most likely codes up to the one with which their probability exceeds p: sorted descending, a code is
+    dropped if those before it hold more than p (arXiv 1904.09751). p <= 0 or >= 1 keeps all.
+
+    Where a sum is exactly p this keeps one code more than `top_p`."""
+    p_B = torch.as_tensor(p, dtype=logits.dtype).reshape(-1)
+    p_B = torch.where((p_B > 0) & (p_B < 1), p_B, torch.inf)
+    if bool(p_B.isinf().all()):
+        return logits
+    value, index = logits.sort(dim=-1, descending=True, stable=True)
+    drop = value.softmax(-1).cumsum(-1).roll(1, -1) > _column(p_B, logits)
+    drop[..., 0] = False
+    return logits.masked_fill(drop.scatter(-1, index, drop), float("-inf"))
+
+
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF draw: probs [..., V] (any positive total), u [...] uniform in (0, 1) -> int64 [...].
 
