@@ -22,16 +22,17 @@ def betas(kind: Kind, steps: int) -> Tensor:
     """The part of the variance that each of `steps` steps replaces by noise, float64 [steps].
 
     cosine: 1 - abar(i + 1) / abar(i), at most 0.999, with abar(i) = cos((i / steps + 0.008) / 1.008 pi / 2)^2; linear:
-    from 0.1 / steps to 20 / steps.
+    from 0.1 / steps to 20 / steps. Tables are no weights: they lie on the host, also of a model on the meta device.
     """
     if steps < 1:
         raise ValueError(f"a diffusion has at least one step, got {steps}")
     if kind == "linear":
-        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64).clamp(max=0.999)
+        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu").clamp(max=0.999)
     if kind != "cosine":
         raise ValueError(f"a schedule is cosine or linear, got {kind!r}")
     abar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-    return torch.tensor([min(1 - abar[i + 1] / abar[i], 0.999) for i in range(steps)], dtype=torch.float64)
+    kept = [min(1 - abar[i + 1] / abar[i], 0.999) for i in range(steps)]
+    return torch.tensor(kept, dtype=torch.float64, device="cpu")
 
 
 def even(steps: int, count: int) -> tuple[int, ...]:
