@@ -22,6 +22,7 @@ class Row(NamedTuple):
 
 SYSTEMS: dict[str, Row] = {
     "brush": Row("system", "The model in the box: text to 64x64 pictures of the emoji world"),
+    "infinity": Row("system", "Text to images by next-scale prediction of independent bits"),
     "llamagen": Row("system", "Next-token prediction of VQGAN codes, row by row, with a plain Llama decoder"),
     "mar": Row("system", "Masked autoregression over continuous tokens with a diffusion head"),
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),

@@ -1,6 +1,7 @@
 """Images <-> tokens: one file per idea."""
 
 from arvis.tokenizers.backbone import Backbone, chosen, coder
+from arvis.tokenizers.bits import BitPyramid, BitPyramidConfig
 from arvis.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
 from arvis.tokenizers.patch import PatchConfig, PatchDecoder, PatchEncoder
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
@@ -8,6 +9,8 @@ from arvis.tokenizers.trainable import Trainable
 
 __all__ = [
     "Backbone",
+    "BitPyramid",
+    "BitPyramidConfig",
     "CNNConfig",
     "CNNDecoder",
     "CNNEncoder",

@@ -14,6 +14,7 @@ from arvis.quant.usage import perplexity, used_by_average
 from arvis.tokenizers.backbone import Backbone, chosen, coder
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.patch import PatchConfig
+from arvis.tokenizers.summing import inputs, summed, sums
 from arvis.tokens import Layout, Space, pyramid
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ class PyramidVQ(nn.Module):
     def space(self) -> Space:
         return Space(sizes=(self.config.vocab_size,))
 
+    @property
+    def channels(self) -> int:
+        """Of what a generator sees."""
+        return self.config.z_channels
+
     def layout(self, shape: tuple[int, ...] | None = None) -> Layout:
         """The pyramid of the configuration, or the same one stretched to images of `shape` (H, W) pixels."""
         sides = self.config.patch_nums
@@ -109,18 +115,7 @@ class PyramidVQ(nn.Module):
         self, tokens: Tensor, layout: Layout | None = None, known: Tensor | None = None, noise: Source | None = None
     ) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of tokens [B, N, 1]; of `known` [B, N] only levels wholly known are added."""
-        layout = layout or self.layout()
-        f = self.start(len(tokens), layout)
-        for k in range(layout.K):
-            part = tokens[:, layout.span(k)]
-            if known is None:
-                f = self.accumulate(f, part, k, layout)
-                continue
-            whole = known[:, layout.span(k)].all(1).to(f.device)
-            if whole.any():
-                added = self.accumulate(f, part.where(whole[:, None, None].to(part.device), 0), k, layout)
-                f = added.where(whole[:, None, None, None], f)
-        return self.decode_features(f)
+        return self.decode_features(summed(self, tokens, layout or self.layout(), known))
 
     @torch.no_grad()
     def decode_features(self, f: Tensor) -> Tensor:
@@ -159,21 +154,11 @@ class PyramidVQ(nn.Module):
 
         Only tokens of levels below last - 1 are read.
         """
-        last = layout.K if last is None else last
-        f, rows = self.start(len(tokens), layout), []
-        for k in range(1, last):
-            f = self.accumulate(f, tokens[:, layout.span(k - 1)], k - 1, layout)
-            if k >= first:
-                rows.append(self.next_input(f, k, layout))
-        return torch.cat(rows, 1) if rows else f.new_zeros(len(tokens), 0, self.config.z_channels)
+        return inputs(self, tokens, layout, first, layout.K if last is None else last)
 
     def fhats(self, tokens: Tensor, layout: Layout) -> list[Tensor]:
         """The partial sum after each level."""
-        f, out = self.start(len(tokens), layout), []
-        for k in range(layout.K):
-            f = self.accumulate(f, tokens[:, layout.span(k)], k, layout)
-            out.append(f)
-        return out
+        return sums(self, tokens, layout)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> tuple[Tensor, Quantized]:
         """The training pass: reconstruction, not clamped, and what the quantiser says."""
