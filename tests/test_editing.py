@@ -139,9 +139,9 @@ def test_nothing_kept_is_plain_generation(slug):
 @pytest.mark.parametrize("slug", SLUGS)
 def test_picture_i_depends_on_its_seed_alone_when_painted_anew_too(slug):
     m, asked = small(slug), {**request(slug), "image": picture(), "mask": halves(), "seed": 5}
-    three, one = tokens(m, n=3, **asked), tokens(m, n=1, **asked)
-    assert torch.allclose(three[:1].double(), one.double(), atol=1e-4)
-    assert not torch.equal(three[0], three[1])
+    many, one = tokens(m, n=8, **asked), tokens(m, n=1, **asked)
+    assert torch.allclose(many[:1].double(), one.double(), atol=1e-4)
+    assert len(many.unique(dim=0)) > 1
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -171,7 +171,7 @@ def test_previews_show_what_is_kept_from_the_first_step_on(slug, monkeypatch):
     assert sizes == {(m.size[1], m.size[0])}
     assert all(known[0, keep].all() and torch.equal(x[0, keep], own[keep]) for x, known in seen)
     shares = [float(known.float().mean()) for _, known in seen]
-    assert shares == sorted(shares) and shares[0] < shares[-1] == 1
+    assert shares == sorted(shares) and shares[-1] == 1 and (len(shares) == 1 or shares[0] < 1)
 
 
 @pytest.mark.parametrize("slug", SLUGS)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from arvis.noise import Noise, Recorded
+from arvis.noise import Noise, Recorded, truncated
 from chance import chi_square, kolmogorov_smirnov
 
 MANY = 40_000
@@ -115,3 +115,12 @@ def test_recorded_numbers_are_read_back() -> None:
         noise.uniform("accept", 0, (3,))
     with pytest.raises(ValueError, match=r"has shape \(3,\), asked for \(4,\)"):
         noise.uniform("draw", 0, (4,))
+
+
+def test_truncated_gaussians_have_their_law() -> None:
+    """The distribution function of the cut Gaussian makes them uniform again."""
+    x = truncated(Noise.of(5, 2).uniform("share", 0, (MANY,))[0], 0.55, 0.25, 0.5, 1.0)
+    assert bool(((x >= 0.5) & (x <= 1)).all())
+    edges = torch.special.ndtr((torch.tensor([0.5, 1.0], dtype=torch.float64) - 0.55) / 0.25)
+    u = (torch.special.ndtr((x - 0.55) / 0.25) - edges[0]) / (edges[1] - edges[0])
+    assert kolmogorov_smirnov(x, u) > 0.001

@@ -135,6 +135,13 @@ class Recorded:
         return Recorded(pick(self._uniform), pick(self._normal), len(rows))
 
 
+def truncated(u: Tensor, mean: float, deviation: float, least: float, most: float) -> Tensor:
+    """Gaussian numbers cut to [least, most], float64, of numbers u that are uniform in (0, 1)."""
+    edges = (torch.tensor([least, most], dtype=torch.float64, device=u.device) - mean) / deviation
+    below, above = torch.special.ndtr(edges).unbind()
+    return mean + deviation * torch.special.ndtri(below + u.double() * (above - below))
+
+
 def _signed(seed: int) -> int:
     """Any Python int as a wrapped int64."""
     seed &= 2**64 - 1

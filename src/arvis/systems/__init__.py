@@ -25,6 +25,7 @@ SYSTEMS: dict[str, Row] = {
     "infinity": Row("system", "Text to images by next-scale prediction of independent bits"),
     "llamagen": Row("system", "Next-token prediction of VQGAN codes, row by row, with a plain Llama decoder"),
     "mar": Row("system", "Masked autoregression over continuous tokens with a diffusion head"),
+    "maskgit": Row("system", "Masked codes guessed all at once and kept by confidence, on a bidirectional transformer"),
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
 }
 
