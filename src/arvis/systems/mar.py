@@ -114,7 +114,7 @@ class ClassWriter(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.embedding = nn.Embedding(num_classes, width)
-        self.null = nn.Parameter(torch.zeros(1, width))
+        self.null = nn.Parameter(0.02 * torch.randn(1, width))
 
     def prepare(self, request: dict[str, Any]) -> Cond:
         labels = request.get("class_labels")
@@ -550,7 +550,8 @@ def _qkv(ours: str) -> tuple[Key, ...]:
 
 TOKENIZER_KEYS = (
     Key((), "loss.{rest*}"),
-    Key("normal.{p}", ()),
+    Key("normal.mean", (), initial=torch.zeros_like),
+    Key("normal.square", (), initial=torch.ones_like),
     *_qkv("{part}.mid.attn_1"),
     *_qkv("{part}.{way}.{i}.attn.{j}"),
     *SAME_NAMES,
