@@ -19,7 +19,7 @@ from arvis.systems import system as module_of
 from arvis.systems import var
 from arvis.weights import WeightsError, load_official, to_official
 
-COVERED = [slug for slug in arvis.list_systems() if parity.covered(slug)]
+COVERED = parity.runners()
 RECORDINGS = [(slug, name) for slug in COVERED for name in parity.recordings(slug)]
 LAYOUTS = Path(__file__).parents[2] / "shared/keys"
 

@@ -56,6 +56,20 @@ def test_gradients_stay_finite_where_bits_are_certain():
         assert torch.isfinite(grad).all() and grad.any()
 
 
+def test_a_floor_lies_under_probabilities_in_logarithms_alone():
+    """Fails where the probabilities themselves are raised, or only one of the two entropies has the floor."""
+    torch.manual_seed(0)
+    z = torch.randn(200, 6, dtype=torch.float64)
+    p = (z @ (bit_table(6).double() * 2 - 1).T).softmax(1)
+    sample, batch = (-(q * q.clamp_min(0.01).log()).sum(-1).mean() for q in (p, p.mean(0)))
+    got = joint_bit_entropies(2 * z, 6, floor=0.01)
+    assert torch.allclose(got.sample, sample) and torch.allclose(got.batch, batch)
+    exact, tiny = joint_bit_entropies(2 * z, 6), joint_bit_entropies(2 * z, 6, floor=1e-12)
+    assert torch.allclose(exact.sample, tiny.sample) and not torch.allclose(exact.sample, got.sample, atol=1e-3)
+    losses = LFQ(LFQConfig(bits=6, floor=0.01, group=6, inverse_temperature=0.5))(z).losses
+    assert torch.allclose(losses["entropy_sample"], sample) and torch.allclose(losses["entropy_batch"], batch)
+
+
 def test_eighteen_bits_are_two_groups_of_nine():
     """Fails where the batch entropy of groups is a mean, or groups share the codes of one."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from arvis.parity.harness import (
     places,
     recordings,
     run,
+    runners,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "places",
     "recordings",
     "run",
+    "runners",
 ]

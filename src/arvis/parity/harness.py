@@ -2,7 +2,7 @@
 
 A recording is a folder: `weights.safetensors` (official names), `io.safetensors` (named inputs, noises and outputs) and
 `config.json` (`model`: constructor values by component, `runs`: parameters of each run, `tensors`: what every tensor is
-and how closely it must be reproduced). The file of a system here offers
+and how closely it must be reproduced). The file of a system (or of a part that has recordings of its own) offers
 
     run(fixture)         yields (name, tensor) for every output of a recording, computed by our system
     skeleton(layout)     our module on the meta device and its key table, for a key layout
@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -135,9 +134,15 @@ class Runner(Protocol):
     def skeleton(self, layout: Mapping[str, Any]) -> tuple[nn.Module, tuple[Key, ...]]: ...
 
 
+def runners() -> tuple[str, ...]:
+    """Whatever is compared with official code: the systems that have a runner, and parts that are no system."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    return tuple(name.replace("_", "-") for name in names if name != Path(__file__).stem)
+
+
 def covered(slug: str) -> bool:
-    """Whether a system has a runner."""
-    return find_spec(_home(slug)) is not None
+    """Whether a system, or a part, has a runner."""
+    return slug in runners()
 
 
 def recordings(slug: str) -> tuple[str, ...]:

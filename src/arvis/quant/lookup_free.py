@@ -40,7 +40,8 @@ def _weights(d: int, little_endian: bool, device: torch.device) -> Tensor:
 class LFQConfig:
     """`bits` channels of +-`scale`. The loss is `entropy` * (sample - `diversity` * batch) + `commit` * commitment.
 
-    `inverse_temperature` sharpens the soft choice; the batch entropy is joint inside groups of `group` bits.
+    `inverse_temperature` sharpens the soft choice; the batch entropy is joint inside groups of `group` bits. `floor`
+    lies under the probabilities in logarithms (1e-5 in public code; 0 is exact).
     """
 
     bits: int = 18
@@ -50,6 +51,7 @@ class LFQConfig:
     commit: float = 0.25
     inverse_temperature: float = 100.0
     group: int = 9
+    floor: float = 0.0
     little_endian: bool = False
 
 
@@ -78,7 +80,7 @@ class LFQ(nn.Module):
         q = ((bits * 2 - 1) * config.scale).to(z.dtype)
         # softmax over codes of 2 tau <z, c> makes the bits independent, with these logits
         logits = 4 * config.inverse_temperature * config.scale * z
-        sample, batch = joint_bit_entropies(logits, config.group)
+        sample, batch = joint_bit_entropies(logits, config.group, config.floor)
         commit = F.mse_loss(z, q)
         losses = {
             "vq": config.entropy * (sample - config.diversity * batch) + config.commit * commit,
