@@ -372,7 +372,7 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "read_pretrained", interrupted)
+    monkeypatch.setattr(loading, "read_header", interrupted)
     with pytest.raises(SystemExit) as end:
         run("generate", "red apple")
     assert end.value.code == 130 and capsys.readouterr().err == "arvis: interrupted\n"

@@ -223,24 +223,6 @@ def test_models_that_are_not_there(name, told):
         arvis.load(name)
 
 
-def test_a_model_of_the_hub_is_one_of_ours(tmp_path, monkeypatch):
-    repo = small("brush").save_pretrained(tmp_path / "repo")
-    asked = []
-
-    def fetch(name, file, revision, **options):
-        asked.append((name, file, revision))
-        if not (repo / file).is_file():
-            raise WeightsError(f"{name} has no file {file}")
-        return repo / file
-
-    monkeypatch.setattr(loading, "fetch", fetch)
-    assert arvis.Model.from_pretrained("someone/brush", revision="v2").slug == "brush"
-    assert asked == [("someone/brush", "config.json", "v2"), ("someone/brush", "model.safetensors", "v2")]
-    (repo / "config.json").unlink()
-    with pytest.raises(WeightsError, match="no folder someone/brush here; on the hub"):
-        arvis.load("someone/brush")
-
-
 def test_devices_that_are_not_there():
     assert loading.resolve_device("auto").type in ("cpu", "cuda")
     with pytest.raises(ValueError, match="no device 'toaster'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -14,17 +13,23 @@ import torch
 
 from arvis import systems
 from arvis.config import from_dict
+from arvis.published import Preset
 from arvis.weights import (
     SAME_NAMES,
+    Hub,
+    Official,
     WeightsError,
-    fetch,
+    affordable,
     holds_adapters,
     load_official,
+    locate,
     merged,
     read,
     read_adapters,
-    read_pretrained,
+    read_header,
+    takes,
 )
+from arvis.weights.official import listed, room_on_disk, summed
 
 SHIPPED = Path(__file__).parent / "models"
 """Models that come with the package, one folder each."""
@@ -52,6 +57,7 @@ def from_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | None = None,
+    anyway: bool = False,
 ) -> Loaded:
     """A folder of ours, a safetensors file of one or of LoRA adapters to some model, or "owner/name" on the hub.
 
@@ -59,17 +65,29 @@ def from_folder(
     """
     place, where = resolve_device(device), Path(path)
     if holds_adapters(where):
-        base = read_adapters(where).base
-        return with_adapters(by_name(base, device, cache_dir=cache_dir, local_files_only=local_files_only), where)
+        options = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token, "anyway": anyway}
+        return with_adapters(by_name(read_adapters(where).base, device, **options), where)
+    hub = None
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not where.exists():
-        where = _from_hub(str(path), revision, cache_dir, local_files_only, token)
-    found = read_pretrained(where)
-    module = systems.system(found.system)
-    config = from_dict(module.CONFIG, found.config)
-    with torch.device("meta"):
-        system = module.build(config)
-    widened = {name: t.float() if t.is_floating_point() else t for name, t in found.tensors.items()}
-    load_official(system, SAME_NAMES, widened, source=str(where))
+        hub = Hub(cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        try:
+            where = hub.fetch(hub.find(str(path), "config.json", revision)).parent
+        except WeightsError as error:
+            raise WeightsError(f"there is no folder {path} here; on the hub: {error}") from error
+    found = read_header(where)
+    config, system = _empty(found.system, found.config)
+    if hub is not None:
+        files = hub.find(str(path), "", revision)
+        licence = found.source.get("licence") or "unknown"
+        _log.info("%s, licence %s: %s%s", path, licence, listed(files, files[0].name), summed(files, hub))
+        _log.info("%s: %s", path, takes(system, place))
+        if not anyway:
+            room_on_disk(str(path), files, hub)
+    if not anyway:
+        affordable(str(path), system, place)
+    if hub is not None:
+        hub.fetch(files)
+    load_official(system, SAME_NAMES, read(where), source=str(where), device=place)
     return Loaded(
         system=system.to(place),
         slug=found.system,
@@ -84,12 +102,14 @@ def by_name(
     name: str | Path,
     device: str | torch.device = "cpu",
     *,
-    weights: Mapping[str, str | Path] | None = None,
+    weights: Mapping[str, str | Path] | str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | None = None,
+    anyway: bool = False,
 ) -> Loaded:
     """A registered model, else a folder; `arvis.load` says the rest."""
+    hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     a_path = isinstance(name, Path) or "/" in name or "\\" in name
     try:
         slug, full, preset = systems.preset("" if a_path else str(name))
@@ -98,40 +118,35 @@ def by_name(
             raise
         if weights:
             raise WeightsError(f"weights are for models by name, and {name} is a folder with its own") from None
-        return from_folder(name, device, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        return from_folder(name, device, **hub, anyway=anyway)
     if (SHIPPED / full).is_dir() and not weights:
         return from_folder(SHIPPED / full, device)
-    place = resolve_device(device)
-    module, config = systems.system(slug), preset.config()
-    files = {part: Path(path) for part, path in (weights or {}).items()}
-    unknown = [part for part in files if part not in preset.files]
-    if unknown:
-        raise WeightsError(f"{full} has no part {unknown[0]!r}; its parts are {', '.join(preset.files) or 'none'}")
+    place, config = resolve_device(device), preset.config()
+    found = published(slug, full, preset, config, Hub(**hub), weights)
+    for line in found.lines(place):
+        _log.info("%s", line)
+    if not anyway:
+        found.refuse(place)
+    found.fill(found.fetch(), place)
+    return Loaded(
+        system=found.system, slug=slug, name=full, config=config, settings=preset.sampling, source=found.source
+    )
+
+
+def published(
+    slug: str,
+    name: str,
+    preset: Preset,
+    config: Any,
+    hub: Hub,
+    weights: Mapping[str, str | Path] | str | Path | None = None,
+) -> Official:
+    """The official weights of a preset, found and not yet fetched. Raises WeightsError where there are none."""
     if not preset.files:
-        raise WeightsError(f"no weights of {full} are published: train it (arvis train {full}) and load its folder")
-    absent = [path for path in files.values() if not path.exists()]
-    if absent:
-        raise WeightsError(f"there is no file {absent[0]}")
-    if preset.licence:
-        _log.info("%s: licence of the weights: %s", full, preset.licence)
-    for part, file in preset.files.items():
-        if part not in files:
-            files[part] = fetch(
-                file.repo,
-                file.name,
-                file.revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                sha256=file.sha256,
-            )
+        raise WeightsError(f"no weights of {name} are published: train it (arvis train {name}) and load its folder")
     with torch.device("meta"):
-        system = module.build(config)
-    keys = module.keys(config)
-    for part, path in files.items():
-        load_official(system.parts()[part], keys[part], read(path, preset.files[part].inside), source=str(path))
-    source = {"repo": ", ".join(sorted({f.repo for f in preset.files.values()})), "licence": preset.licence}
-    return Loaded(system=system.to(place), slug=slug, name=full, config=config, settings=preset.sampling, source=source)
+        system = systems.system(slug).build(config)
+    return locate(name, preset, system, systems.system(slug).keys(config), hub, weights)
 
 
 def with_adapters(model: Loaded, path: str | Path) -> Loaded:
@@ -139,10 +154,7 @@ def with_adapters(model: Loaded, path: str | Path) -> Loaded:
     found = read_adapters(path)
     if found.system != model.slug:
         raise WeightsError(f"{path} was made for {found.base} ({found.system}), not for {model.name} ({model.slug})")
-    module = systems.system(model.slug)
-    config = from_dict(module.CONFIG, found.config)
-    with torch.device("meta"):
-        system = module.build(config)
+    config, system = _empty(model.slug, found.config)
     own = {name: t.cpu() for name, t in model.system.state_dict().items()}
     load_official(system, SAME_NAMES, merged(own, found, path), source=str(path))
     return Loaded(
@@ -174,22 +186,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _from_hub(
-    repo: str, revision: str, cache_dir: str | Path | None, local_files_only: bool, token: str | None
-) -> Path:
-    """The folder of a model of ours on the hub."""
-
-    def get(file: str) -> Path:
-        return fetch(repo, file, revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-
-    try:
-        found = get("config.json")
-    except WeightsError as error:
-        raise WeightsError(f"there is no folder {repo} here; on the hub: {error}") from error
-    try:
-        get("model.safetensors")
-    except WeightsError:  # in shards, or not at all
-        index = get("model.safetensors.index.json")
-        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            get(shard)
-    return found.parent
+def _empty(slug: str, plain: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(configuration, network on the meta device) of a plain configuration."""
+    module = systems.system(slug)
+    config = from_dict(module.CONFIG, plain)
+    with torch.device("meta"):
+        return config, module.build(config)

@@ -340,6 +340,7 @@ class Model:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | None = None,
+        anyway: bool = False,
     ) -> Self:
         """A folder that `save_pretrained` wrote, its safetensors file alone, or "owner/name" of one on the hub.
 
@@ -352,6 +353,7 @@ class Model:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            anyway=anyway,
         )
         return cls(**vars(found), precision=precision)
 
@@ -361,17 +363,21 @@ def load(
     *,
     device: str | torch.device = "cpu",
     precision: Choice = "float32",
-    weights: Mapping[str, str | Path] | None = None,
+    weights: Mapping[str, str | Path] | str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | None = None,
+    anyway: bool = False,
 ) -> Model:
     """A model by name ("brush", "var-d16", ...), or a folder of `save_pretrained` (one called like a model: "./brush").
 
-    Models in the box load from the package. Others fetch their official files from the public hub, or take the files in
-    `weights`, one per part ("tokenizer", "transformer", ...), and are converted. `device` "auto" is a GPU where there
-    is one; `precision` "auto" computes in bfloat16 where that pays. KeyError names the nearest name; WeightsError says
-    what does not fit, with both shapes.
+    Models in the box load from the package. Others fetch their official files from the public hub, once, and are
+    converted; the log says before which files, their size and licence, and the memory it takes. `weights` are files on
+    disk instead: by part ({"transformer": "var_d16.pth"}), one official file, or a folder of them. `device` "auto" is a
+    GPU where there is one; `precision` "auto" computes in bfloat16 where that pays.
+
+    KeyError names the nearest name. WeightsError says what does not fit: a tensor, with both shapes; the memory or the
+    disk, with numbers (`anyway` tries it all the same).
     """
     found = by_name(
         name,
@@ -380,6 +386,7 @@ def load(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         token=token,
+        anyway=anyway,
     )
     return Model(**vars(found), precision=precision)
 

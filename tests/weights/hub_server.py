@@ -34,12 +34,14 @@ class Asked(NamedTuple):
 class LocalHub:
     """Repositories by name, each a dict of files; what is asked of them; and what goes wrong.
 
+    `pinned` are further (repository, commit) that it has, with the same content as the present one.
     `cut` is how many bytes the store sends before it hangs up, one number for each answer, then all comes. `damaged`
     changes the last byte on its way; `ranges` off ignores them; `page` answers with a web page, "hub" or "store";
     `status` fails each answer of the store; `slow` waits before each of its chunks.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    pinned: set[tuple[str, str]] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
     asked: list[Asked] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
@@ -107,6 +109,8 @@ def _answer(hub: LocalHub, server: str) -> type[BaseHTTPRequestHandler]:
             if repo in hub.gated and self.headers.get("Authorization") != "Bearer member":
                 return self.send(403, {"X-Error-Code": "GatedRepo"})
             commit = hub.commit(repo)
+            if (repo, revision) in hub.pinned and revision != "main":
+                commit = revision
             if revision not in ("main", commit):
                 return self.send(404, {"X-Error-Code": "RevisionNotFound"})
             if file not in hub.repos[repo]:

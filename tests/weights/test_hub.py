@@ -18,31 +18,15 @@ from safetensors.torch import save_file
 
 from arvis.weights import Hub, WeightsError, read
 from arvis.weights import hub as room
-from weights.hub_server import LocalHub, serving
+from weights.hub_server import LocalHub
 
 REPO, NAME = "someone/weights", "model.pth"
 BYTES = os.urandom(300_000)
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub on this machine with one large file, and an empty cache."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with serving() as local:
-        local.repos[REPO] = {NAME: BYTES, "config.json": b"{}"}
-        monkeypatch.setattr(constants, "ENDPOINT", local.address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", local.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(room, "PATIENCE", 0.0)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("HF_TOKEN", "member")
-        close_session()
-        yield local
-        close_session()
+@pytest.fixture(autouse=True)
+def one_large_file(hub):
+    hub.repos[REPO] = {NAME: BYTES, "config.json": b"{}"}
 
 
 def get(repo: str = REPO, name: str = NAME, revision: str = "main", **options) -> Path:

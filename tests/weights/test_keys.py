@@ -114,6 +114,10 @@ def test_a_module_on_meta_gets_its_storage():
     file = official()
     with pytest.raises(WeightsError, match="no values for own"):
         load_official(net, KEYS, file)
+    with torch.device("meta"):
+        other = Net()
+    assert load_official(other, (*KEYS[:-1], Key("own", (), initial=torch.ones_like)), file).kept == ("own",)
+    assert other.own.tolist() == [1, 1]
     keys = (*KEYS[:-1], Key("own", "own"))
     load_official(net, keys, {**file, "own": torch.ones(2).half()})
     assert net.own.dtype == torch.float32 and net.blocks[0].scale.requires_grad
@@ -134,10 +138,19 @@ def test_the_first_misfit_is_named_with_both_names_and_shapes():
 
 
 def test_absurd_shapes_are_refused_before_anything_is_made_of_them():
-    file = official()
-    file["layers.0.att.q.weight"] = torch.zeros(1, 1).expand(10**9, 10**9)  # fused, it would take exabytes
-    with pytest.raises(WeightsError, match=r"q\.weight is \(1000000000, 1000000000\) and blocks\.0\.qkv\.weight needs"):
-        load_official(Net(), KEYS, file)
+    seen = []
+
+    class Seen(Fuse):
+        def to_ours(self, official, own):
+            seen.append(official[0].is_meta)
+            return super().to_ours(official, own)
+
+    net = nn.Linear(4, 6, bias=False)
+    keys = (Key("weight", ("a", "b"), Seen(2)),)
+    file = dict.fromkeys(("a", "b"), torch.zeros(1, 1).expand(10**6, 10**6))  # four bytes on disk; fused, terabytes
+    with pytest.raises(WeightsError, match=r"a is \(1000000, 1000000\) and weight needs \(3, 4\)"):
+        load_official(net, keys, file)
+    assert seen == [True]
 
 
 def test_a_module_on_meta_is_filled_without_a_second_copy():

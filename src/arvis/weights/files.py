@@ -222,6 +222,15 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a folder or a single file of ours says of itself."""
+
+    system: str
+    config: dict[str, Any]
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """What a folder or a single file of ours holds."""
 
@@ -330,6 +339,12 @@ def read_pretrained(path: str | Path) -> Pretrained:
 
     Raises WeightsError where it is not one of ours, of a newer format, or incomplete.
     """
+    header = read_header(path)
+    return Pretrained(system=header.system, config=header.config, source=header.source, tensors=read(path))
+
+
+def read_header(path: str | Path) -> Header:
+    """What such a folder or file says of itself, without its tensors. Raises WeightsError."""
     path = Path(path)
     if path.is_dir():
         try:
@@ -353,7 +368,7 @@ def read_pretrained(path: str | Path) -> Pretrained:
         raise WeightsError(f"the configuration of {path} is not one of arvis: library is {library!r}")
     if not isinstance(number, int) or number > FORMAT:
         raise WeightsError(f"{path} has the format {number}, and this arvis reads up to {FORMAT}; upgrade arvis")
-    return Pretrained(system=system, config=config, source=header.get("source") or {}, tensors=read(path))
+    return Header(system=system, config=config, source=header.get("source") or {})
 
 
 def metadata(path: str | Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ one, and `{rest*}` for one or more whole parts. The first row that fits a tensor
     Key((), "loss.{rest*}")                                                  theirs alone, left out, and named
     Key("hits", "hits", optional=True)                                       may be absent or of another shape
     Key("conv.{p}", "conv.conv.{p}", spellings=("conv.{p}",))                older files have another name for it
-    Key("cache", ())                                                         ours alone
+    Key("cache", (), initial=torch.zeros_like)                               ours alone
 
 Everything works on shapes alone, with the module on the meta device.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ class Key:
     """One row of a table; see the module's docstring. `like` names the tensor of ours that a Constant is made from.
 
     `spellings` are further official names that files have for the same tensors; what is written has the first one.
+    `initial` makes tensors of ours that a file lacks, from empty ones, for a module on the meta device.
     """
 
     ours: str | tuple[str, ...]
@@ -49,6 +50,7 @@ class Key:
     optional: bool = False
     like: str = ""
     spellings: tuple[str | tuple[str, ...], ...] = ()
+    initial: Callable[[Tensor], Tensor] | None = None
 
 
 SAME_NAMES = (Key("{name*}", "{name*}"),)
@@ -135,7 +137,7 @@ def load_official(
         empty = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
         if empty:
             raise WeightsError(
-                f"{source} has no values for {empty[0]}; build the module on a real device instead of meta"
+                f"{source} has no values for {empty[0]}; give its row an `initial`, or build the module off meta"
             )
     return report
 
@@ -232,9 +234,9 @@ def _back(own: Mapping[str, Tensor], keys: tuple[Key, ...]) -> dict[str, Tensor]
 
 
 def _match(
-    module: nn.Module, keys: Iterable[Key], tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    module: nn.Module, keys: Iterable[Key], tensors: Mapping[str, Tensor], device: torch.device | str | None = None
 ) -> tuple[dict[str, Tensor], Report, dict[str, Tensor]]:
-    """The module's tensors, how a file fits, and our tensors of those that do (on `device` for a module on meta)."""
+    """The module's tensors, how a file fits, and our tensors of those that do; of a module on meta, on `device`."""
     keys, own = tuple(keys), {name: tensor.detach() for name, tensor in module.state_dict().items()}
     plan = _plan(own, keys, tensors)
     loaded: dict[str, Tensor] = {}
@@ -255,14 +257,18 @@ def _match(
         made: dict[str, Tensor] = {}
         wrong = _fit(step, own, tensors, made)
         for name, tensor in made.items():
-            real = own[name].is_meta and not tensor.is_meta
-            loaded[name] = tensor.to(device, own[name].dtype) if real else tensor
+            placed = device is not None and own[name].is_meta
+            loaded[name] = tensor.to(device, own[name].dtype) if placed else tensor
         if wrong and not step.key.optional:
             misfits.append(wrong)
         elif wrong:
             kept += step.ours
         else:
             mapped |= {name: ", ".join(step.ours) for name in step.official}
+    first = {name: step.key.initial for step in plan if step.key.initial for name in step.ours}
+    for name in kept:
+        if name in first and device is not None and own[name].is_meta:
+            loaded[name] = first[name](torch.empty_like(own[name], device=device))
     rest = [name for name in tensors if name not in known]
     ignored = [_compile(name) for key in keys if not key.ours and not key.like for name in _names(key.official)]
     left_out = [name for name in rest if any(pattern.fullmatch(name) for pattern in ignored)]

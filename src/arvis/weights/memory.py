@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from arvis.weights.keys import WeightsError
+
 
 def tensor_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, tied ones once; also on the meta device."""
@@ -73,3 +75,24 @@ def told(count: int) -> str:
         if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
     return f"{count} bytes"
+
+
+def takes(module: nn.Module, device: torch.device | str = "cpu") -> str:
+    """What a module takes on a device, and what is free there, in words."""
+    parameters = sum(p.numel() for p in module.parameters())
+    formats = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+    free, where = free_memory(device), "" if torch.device(device).type == "cpu" else f" of {device}"
+    left = "" if free is None else f"; {told(free)}{where} are free"
+    size = told(tensor_bytes(module))
+    return f"{parameters / 1e6:,.1f} M parameters take {size} of memory in {', '.join(sorted(formats))}{left}"
+
+
+def affordable(name: str, module: nn.Module, device: torch.device | str = "cpu") -> None:
+    """WeightsError, with numbers and what to do, where a module cannot fit in the memory of a device."""
+    needed, free = tensor_bytes(module), free_memory(device)
+    if free is not None and needed > free:
+        where = "memory" if torch.device(device).type == "cpu" else f"the memory of {device}"
+        raise WeightsError(
+            f"{name} takes {told(needed)} of {where} and {told(free)} are free: close what else uses it, or take a "
+            "smaller model (arvis systems) or another device; anyway=True tries it"
+        )
