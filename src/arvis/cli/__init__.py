@@ -13,6 +13,7 @@ from arvis.cli.pictures import evaluate, generate, reconstruct
 from arvis.cli.runs import finetune, train
 from arvis.cli.settings import each_set
 from arvis.cli.terminal import one_line_errors
+from arvis.cli.tokenizers import tokenizer
 
 __all__ = ["COMMANDS", "main"]
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "finetune": finetune,
     "reconstruct": reconstruct,
     "evaluate": evaluate,
+    "tokenizer": tokenizer,
     "systems": list_systems,
     "info": info,
     "parity": parity,

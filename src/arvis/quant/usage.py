@@ -88,7 +88,11 @@ def token_stats(tokens: Tensor, sizes: Sequence[int]) -> dict[str, Tensor]:
 def joint_bits(tokens: Tensor) -> Tensor:
     """Entropy in bits of whole tokens, the tuples of sub-tokens [..., S], by their frequencies: at most the sum of the
     sub-tokens' own, and at most log2 of the number of tokens, so that a small window says too little."""
-    return bits(tokens.flatten(0, -2).unique(dim=0, return_counts=True)[1].float())
+    seen = torch.zeros_like(tokens[..., 0], dtype=torch.int64).flatten()
+    for part in tokens.flatten(0, -2).unbind(-1):  # numbered anew after each part, so that no product overflows
+        _, own = part.unique(return_inverse=True)
+        _, seen = (seen * (own.max() + 1) + own).unique(return_inverse=True)
+    return bits(count(seen, int(seen.max()) + 1))
 
 
 def mutual_information(a: Tensor, b: Tensor) -> Tensor:
