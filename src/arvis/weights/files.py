@@ -1,15 +1,13 @@
 """Weights on disk: official files of any kind read safely, ours written in the hub's layout.
 
 Ours is a folder of config.json and model.safetensors (shards and an index above 5 GB); the configuration also lies in
-each file's metadata. Nothing is ever unpickled but tensors, plain containers and argparse.Namespace.
+each file's metadata. Nothing is ever unpickled but tensors and plain values (`weights.plain`).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -24,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arvis.weights.keys import WeightsError
+from arvis.weights.plain import first_line, refuse_packed, unpickle
 
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000
+HEADER_BYTES = 25_000_000
+"""No safetensors file has a longer header; what states one is something else, or hostile."""
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """Prefixes that parallel and compiling wrappers put before every name."""
 
-_ALLOWED: list[Any] = [argparse.Namespace]
 INDEXES = (
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -86,10 +86,13 @@ def _read_file(path: Path, inside: str) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is a web page, not weights: probably an error page saved by a download; get it again"
         )
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < HEADER_BYTES:
         return _read_safetensors(path)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return _select(_unpickle(path, mmap=head.startswith(b"PK")), inside, path)
+    if head.startswith(b"PK\x03\x04"):
+        refuse_packed(path)
+        return _select(unpickle(path, mmap=True), inside, path)
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return _select(unpickle(path, mmap=False), inside, path)
     raise WeightsError(f"{path} is neither a safetensors nor a torch file: it begins with {head[:16]!r}")
 
 
@@ -99,40 +102,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is a truncated or damaged safetensors file; get it again ({error})") from error
-
-
-def _unpickle(path: Path, mmap: bool) -> Any:
-    """What a torch file holds, of plain types alone."""
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)) or re.search(
-            r"[Uu]nsupported \w+ (\S+)", str(error)
-        )
-        if found is None:
-            raise WeightsError(f"{path} is not a readable torch file, or is damaged: {_first_line(error)}") from error
-        raise WeightsError(
-            f"{path} holds the Python object {found[1]}, and loading such objects can run any code, so it is refused; "
-            "if you trust its source, load it elsewhere and save its tensors alone as safetensors"
-        ) from error
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise WeightsError(
-            f"{path} is a truncated or damaged torch file; get it again ({_first_line(error)})"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _select(tree: Any, inside: str, path: Path) -> dict[str, Tensor]:
@@ -217,8 +186,8 @@ def read_index(path: Path) -> dict[str, str]:
         if any(Path(shard).name != shard for shard in shards.values()):
             raise ValueError("it names files outside its folder")
         return shards
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not an index of shards: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not an index of shards: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,8 +331,8 @@ def read_header(path: str | Path) -> Header:
     try:
         header = json.loads(text)
         library, number, system, config = (header[name] for name in ("library", "format", "system", "config"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"the configuration of {path} is not one of arvis: {_first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(f"the configuration of {path} is not one of arvis: {first_line(error)}") from error
     if library != "arvis" or not isinstance(system, str) or not isinstance(config, dict):
         raise WeightsError(f"the configuration of {path} is not one of arvis: library is {library!r}")
     if not isinstance(number, int) or number > FORMAT:
