@@ -86,7 +86,7 @@ class BitPyramid(nn.Module):
         """The scales of the configuration, or those for images of `shape` (H, W) pixels.
 
         A list of the official tables is exchanged for the one that ends in the size; if there is none, and for own
-        lists, the scales are stretched.
+        lists, the scales are stretched (a single cell stays one).
         """
         own, cell = Layout(self.config.scales), self.config.downsample
         if shape is None:
@@ -99,7 +99,8 @@ class BitPyramid(nn.Module):
         if whole(own) is not None and (listed := scales_to(last)) is not None:
             return listed
         (y, x), (to_y, to_x) = own.levels[-1], last
-        return Layout(tuple((max(1, round(h * to_y / y)), max(1, round(w * to_x / x))) for h, w in own.levels))
+        stretched = ((max(1, round(h * to_y / y)), max(1, round(w * to_x / x))) for h, w in self.config.scales)
+        return Layout(tuple(s if to != (1, 1) else to for s, to in zip(stretched, self.config.scales, strict=True)))
 
     # -- images and features --------------------------------------------------------------------------------------
 
