@@ -37,7 +37,8 @@ def scale_table(layout: Layout, grid: tuple[int, int], dim: int, style: Style) -
     """
     if dim % 4:
         raise ValueError(f"two axes of pairs need heads of a multiple of 4 channels, got {dim}")
-    return torch.cat([_STYLES[style](h, w, grid, dim).flatten(0, 1) for h, w in layout.levels])[None]
+    with torch.inference_mode(False):  # it is kept, and may be needed for training later
+        return torch.cat([_STYLES[style](h, w, grid, dim).flatten(0, 1) for h, w in layout.levels])[None]
 
 
 def _angles(y: Tensor, x: Tensor, dim: int) -> Tensor:
