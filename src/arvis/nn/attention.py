@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
             -1, keepdim=True
         )  # softmax of nothing is NaN: let the row see everything, then drop its output
         mask = mask | blind
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         # the backward of the fused CPU kernel takes several times as long as these products
         score = (q * scale) @ k.mT
         score = score if mask is None else score.masked_fill(~mask, float("-inf"))
