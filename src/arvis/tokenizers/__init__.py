@@ -3,6 +3,7 @@
 from arvis.tokenizers.backbone import Backbone, chosen, coder
 from arvis.tokenizers.bits import BitPyramid, BitPyramidConfig
 from arvis.tokenizers.cnn import CNNConfig, CNNDecoder, CNNEncoder
+from arvis.tokenizers.grid import GridVQ, GridVQConfig
 from arvis.tokenizers.patch import PatchConfig, PatchDecoder, PatchEncoder
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
 from arvis.tokenizers.trainable import Trainable
@@ -14,6 +15,8 @@ __all__ = [
     "CNNConfig",
     "CNNDecoder",
     "CNNEncoder",
+    "GridVQ",
+    "GridVQConfig",
     "PatchConfig",
     "PatchDecoder",
     "PatchEncoder",
