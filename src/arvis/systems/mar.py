@@ -528,7 +528,7 @@ PRESETS = {
 }
 
 RESULTS = tuple(
-    Result(preset=name, metric=metric, value=value, settings=f"cfg {scale} linear, 256 steps, 50k", source="README")
+    Result(preset=name, metric=metric, value=value, settings=f"cfg {scale}, 256 steps, 50k", source="official README")
     for name, scale, fid, score in (
         ("mar-b", 2.9, 2.31, 281.7),
         ("mar-l", 3.0, 1.78, 296.0),
