@@ -200,10 +200,18 @@ def test_presets_are_the_official_constructors(name):
         assert [preset.files[part].name for part in ("transformer", "tokenizer")] == [f["official_file"] for f in files]
 
 
-def test_every_published_tokenizer_can_be_reached():
+def test_every_published_tokenizer_can_be_reached(recorded, tmp_path, monkeypatch):
     for name, (of, file) in infinity.TOKENIZERS.items():
         assert of.downsample == 16 and file.repo == "FoundationVision/Infinity" and name[:3] in file.name
     assert {of.bits * of.patchify**2 for of, _ in infinity.TOKENIZERS.values()} == {16, 24, 32, 56, 64}
+    with pytest.raises(KeyError, match=r"d16, .*, d56-f8, got 'd8'"):
+        infinity.published_tokenizer("d8")
+    monkeypatch.setitem(infinity.TOKENIZERS, "d8", (recorded[0].tokenizer, infinity.TOKENIZERS["d16"][1]))
+    io, weights = recorded[1].io, recorded[1].weights("tokenizer")
+    for tree in ({"vae": weights, "epoch": 3}, weights):
+        torch.save(tree, tmp_path / "vae.pth")
+        tokenizer = infinity.published_tokenizer("d8", tmp_path / "vae.pth")
+        torch.testing.assert_close(tokenizer.features(io["image"]), io["raw_features"], atol=1e-4, rtol=1e-4)
 
 
 # -- text -----------------------------------------------------------------------------------------------------------

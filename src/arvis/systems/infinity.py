@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -51,7 +52,7 @@ from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.ratios import scales_for, whole
 from arvis.tokens import Layout, Pin
 from arvis.walk import Watch
-from arvis.weights import SAME_NAMES, Constant, Either, Key, Rearrange
+from arvis.weights import SAME_NAMES, Constant, Either, Key, Rearrange, fetch, load_official, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,6 +554,10 @@ def _tokenizer_file(name: str) -> File:
     return File(repo=_REPO, name=f"infinity_vae_{name}.pth", inside="vae|")
 
 
+def _transformer_file(name: str) -> File:
+    return File(repo=_REPO, name=name, inside="trainer.gpt_fsdp|")  # the former in checkpoints of a training
+
+
 TOKENIZERS = {
     "d16": (tokenizer_config(16), _tokenizer_file("d16")),
     "d24": (tokenizer_config(24), _tokenizer_file("d24")),
@@ -562,6 +567,19 @@ TOKENIZERS = {
     "d56-f8": (tokenizer_config(14, patchify=2), _tokenizer_file("d56_f8_14_patchify")),
 }
 """The published tokenizers and their files. A transformer works with the one that it was trained on alone."""
+
+
+def published_tokenizer(name: str, path: str | Path | None = None) -> BitPyramid:
+    """A published tokenizer with its weights, from the hub or a file on disk; KeyError naming the known ones."""
+    if name not in TOKENIZERS:
+        raise KeyError(f"published tokenizers are {', '.join(TOKENIZERS)}, got {name!r}")
+    config, file = TOKENIZERS[name]
+    found = fetch(file.repo, file.name, file.revision, sha256=file.sha256) if path is None else Path(path)
+    with torch.device("meta"):
+        tokenizer = BitPyramid(config)
+    load_official(tokenizer, TOKENIZER_KEYS, read(found, file.inside), source=str(found))
+    return tokenizer.eval()
+
 
 NO_DECAY = ("null", "start_position", "level", "offset", "log_scale", "query")
 """What the official optimiser does not decay, beside biases and other 1-d tensors."""
@@ -602,7 +620,7 @@ def _preset(
     sizes: tuple[int, int, int, int], tokenizer: str, size: str, transformer: str = "", **sampling: float
 ) -> Preset:
     """A size of the official code; published where `transformer` names a file or a folder of shards."""
-    files = {"tokenizer": TOKENIZERS[tokenizer][1], "transformer": File(repo=_REPO, name=transformer)}
+    files = {"tokenizer": TOKENIZERS[tokenizer][1], "transformer": _transformer_file(transformer)}
     return Preset(
         config=lambda: preset(*sizes, tokenizer, size),
         files=files if transformer else {},
