@@ -200,7 +200,7 @@ def test_train_both_stages_resume_and_paint(capsys, pictures, refused):
     ("args", "told"),
     [
         (("brsh",), "nearest: brush"),
-        (("brush",), "give its folder with --init"),
+        (("brush", "--stage", "generator"), "give its folder with --init"),
         (("brush", "--resume"), "holds no run to resume"),
         (("brush", "--stage", "tokenizer", "--data", "nowhere"), "no data set 'nowhere'"),
         (("brush", "--stage", "tokenizer", "--data", "empty"), "no pictures in empty"),

@@ -146,18 +146,19 @@ def test_views_are_cut_at_the_corners_and_mirrored():
             image = torch.arange(3 * 11 * 11).view(3, 11, 11) + i
             return {"image": image, "caption": "c", "label": 0}
 
-    assert source_size(10, 5) == 11 and source_size(10, 1) == 10
-    data = Views(One(), 10, crops=5, flip=True)
+    assert source_size((10, 10), 5) == 11 and source_size((7, 10)) == 10
+    data = Views(One(), (10, 10), crops=5, flip=True)
     assert len(data) == 20 and data.classes == ("x",)
     whole = One()[1]["image"]
     seen = [data[10 + view]["image"] for view in range(10)]
     for (top, left), image, mirrored in zip(PLACES, seen[:5], seen[5:], strict=True):
         y, x = round(top), round(left)
         assert torch.equal(image, whole[:, y : y + 10, x : x + 10]) and torch.equal(mirrored, image.flip(-1))
-    plain = Views(One(), 11)
+    plain = Views(One(), (11, 11))
     assert len(plain) == 2 and torch.equal(plain[1]["image"], whole)
+    assert torch.equal(Views(One(), (7, 11))[1]["image"], whole[:, 2:9]), "the middle of the square"
     with pytest.raises(ValueError, match="1 to 5, got 6"):
-        Views(One(), 10, crops=6)
+        Views(One(), (10, 10), crops=6)
 
 
 def test_what_is_held_out_does_not_depend_on_the_place(tmp_path):

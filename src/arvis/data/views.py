@@ -13,18 +13,18 @@ PLACES = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 """Where the views lie, as parts of the margin from the top and the left: the middle, then the corners."""
 
 
-def source_size(size: int, crops: int) -> int:
-    """The size at which pictures are opened, to cut views of `size` from them."""
-    return size if crops == 1 else round(size * MARGIN)
+def source_size(size: tuple[int, int], crops: int = 1) -> int:
+    """The side of the square pictures that views of `size` (Y, X) are cut from."""
+    return max(size) if crops == 1 else round(max(size) * MARGIN)
 
 
 class Views:
     """A data set each of whose pictures is there `crops` times (1 to 5), and mirrored as often again with `flip`.
 
-    Item i shows view i mod v of picture i div v, v views each. Its pictures have `source_size` pixels.
+    Item i shows view i mod v of picture i div v, v views each, of `size` (Y, X), cut from squares of `source_size`.
     """
 
-    def __init__(self, dataset: Dataset, size: int, crops: int = 1, flip: bool = False) -> None:
+    def __init__(self, dataset: Dataset, size: tuple[int, int], crops: int = 1, flip: bool = False) -> None:
         if not 1 <= crops <= len(PLACES):
             raise ValueError(f"crops is the number of views cut from a picture, 1 to {len(PLACES)}, got {crops}")
         self.dataset, self.size, self.crops, self.flip = dataset, size, crops, flip
@@ -42,6 +42,7 @@ class Views:
         picture, view = divmod(i, self.views)
         item = self.dataset[picture]
         image, place = item["image"], PLACES[view % self.crops]
-        top, left = (round(part * (side - self.size)) for part, side in zip(place, image.shape[-2:], strict=True))
-        image = image[..., top : top + self.size, left : left + self.size]
+        (height, width), sides = self.size, image.shape[-2:]
+        top, left = round(place[0] * (sides[0] - height)), round(place[1] * (sides[1] - width))
+        image = image[..., top : top + height, left : left + width]
         return {**item, "image": image.flip(-1) if view >= self.crops else image}

@@ -37,6 +37,7 @@ from arvis.rows import Rows, See, render, upto
 from arvis.sampling import mix, per_item, temper, top_k, top_p, var_cfg
 from arvis.state import Cond, State
 from arvis.tokenizers.cnn import CNNConfig
+from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
 from arvis.tokens import Layout, Pin, Space, pyramid
 from arvis.weights import SAME_NAMES, Constant, Key, Rearrange
@@ -198,6 +199,10 @@ class VAR(nn.Module):
         h = self.transformer(c, x, 0, last, self.see)
         return Categorical(torch.arange(layout.offsets[last])[None], self.transformer.head(h, c.vector)[:, :, None])
 
+    def latents(self, image: Tensor) -> dict[str, Tensor]:
+        """What can be stored of pictures [B, 3, Y, X] for training: their tokens [B, N, 1]."""
+        return {"tokens": self.tokenizer.encode(image, self._layout(None))}
+
     def loss(self, batch: dict[str, Any], noise: Source) -> dict[str, Tensor]:
         """Mean cross-entropy over all tokens of all scales, in nats; conditions are dropped with `label_drop`.
 
@@ -207,7 +212,7 @@ class VAR(nn.Module):
         layout = self._layout(None)
         last = min(batch.get("levels") or layout.K, layout.K)
         with torch.no_grad():
-            tokens = batch["tokens"] if "tokens" in batch else self.tokenizer.encode(batch["image"], layout)
+            tokens = batch["tokens"] if "tokens" in batch else self.latents(batch["image"])["tokens"]
         null = noise.uniform("drop", 0, ()).to(tokens.device) < self.label_drop
         c = self.transformer.conditioner(self.prepare(batch), null)
         tokens = tokens[:, : layout.offsets[last]]
@@ -351,6 +356,12 @@ def _preset(
     )
 
 
+def emoji_64() -> VARConfig:
+    """The nine groups of the emoji world at 64x64 pixels, 8x8 cells at the last of five scales: 103 tokens."""
+    tokenizer = PyramidVQConfig(patch_nums=(1, 2, 3, 5, 8), vocab_size=1024, z_channels=32, patch=PatchConfig())
+    return VARConfig(tokenizer=tokenizer, depth=8, width=192, heads=6, num_classes=9, shared_aln=True, adaln_init=0.1)
+
+
 CONFIG = VARConfig
 
 PRESETS = {
@@ -360,6 +371,35 @@ PRESETS = {
     "var-d30": _preset(30, PATCH_NUMS_256, 1e-5, epochs=350, batch=1024, base_lr=8e-5, final=0.01, decay_final=0.08),
     "var-d36": _preset(
         36, PATCH_NUMS_512, 5e-6, epochs=350, batch=768, base_lr=8e-5, final=0.01, decay_final=0.08, shared=True
+    ),
+    "var-emoji-64": Preset(
+        config=emoji_64,
+        licence="Apache-2.0",
+        sampling={"cfg_scale": 2.0, "top_k": 200, "top_p": 0.9},
+        training={
+            "tokenizer": {
+                "steps": 2000,
+                "batch": 64,
+                "lr": 1e-3,
+                "warmup": 50,
+                "schedule": "cosine",
+                "final": 0.02,
+                "ema": 0.995,
+                "clip": 1.0,
+                "weight_decay": 0.01,
+            },
+            "generator": {
+                "steps": 2500,
+                "batch": 64,
+                "lr": 3e-3,
+                "warmup": 50,
+                "schedule": "cosine",
+                "final": 0.02,
+                "ema": 0.995,
+                "muon": ("trunk",),
+                "no_decay": NO_DECAY,
+            },
+        },
     ),
 }
 
@@ -374,7 +414,9 @@ RESULTS = tuple(
 # -- official names -----------------------------------------------------------------------------------------------
 
 TOKENIZER_KEYS = (
-    Key("quantize.ema_vocab_hit_SV", "quantize.ema_vocab_hit_SV", optional=True),  # of another list where K differs
+    Key(  # of another list where K differs
+        "quantize.ema_vocab_hit_SV", "quantize.ema_vocab_hit_SV", optional=True, initial=torch.zeros_like
+    ),
     *SAME_NAMES,
 )
 

@@ -1,4 +1,7 @@
-"""One metric over the steps as inline SVG: the measured line faint, a smoothed one over it, linear or log scale."""
+"""One metric over the steps as inline SVG: the measured line faint, a smoothed one over it, linear or log scale.
+
+A second line, dashed, shows the same metric elsewhere (on pictures held out).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 240, 58, 12, 10, 24
 
 
-def svg(points: Points, title: str, log: bool = False, smooth: float = 0.9) -> str:
+def svg(points: Points, title: str, log: bool = False, smooth: float = 0.9, second: Points = ()) -> str:
     """A line chart. `smooth` is the weight of the past in the running average; with `log` all values are positive."""
-    points = thin(points)
+    points, second = thin(points), thin(second) if second else []
     scale = math.log10 if log else float
-    values = [scale(y) for _, y in points]
-    low, high = min(values), max(values)
+    values, others = ([scale(y) for _, y in line] for line in (points, second))
+    low, high = min(*values, *others, values[0]), max(*values, *others, values[0])
     margin = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
     low, high = low - margin, high + margin
-    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+    steps = [x for x, _ in (*points, *second)]
+    first, last = min(steps), max(*steps, min(steps) + 1)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -26,7 +30,7 @@ def svg(points: Points, title: str, log: bool = False, smooth: float = 0.9) -> s
             _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM),
         )
 
-    def line(ys: Sequence[float], css: str) -> str:
+    def line(points: Points, ys: Sequence[float], css: str) -> str:
         places = [at(x, y) for (x, _), y in zip(points, ys, strict=True)]
         if len(places) == 1:
             return f'<circle class="dot" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
@@ -42,7 +46,9 @@ def svg(points: Points, title: str, log: bool = False, smooth: float = 0.9) -> s
         x = at(tick, low)[0]
         anchor = "end" if x > _WIDTH - _RIGHT - 20 else "middle"
         grid.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{short(tick)}</text>')
-    drawn = line(values, "raw" if smooth else "smooth") + (line(smoothed(values, smooth), "smooth") if smooth else "")
+    drawn = line(points, values, "raw" if smooth else "smooth")
+    drawn += line(points, smoothed(values, smooth), "smooth") if smooth else ""
+    drawn += line(second, others, "second") if second else ""
     label = escape(f"{title} over steps, {'logarithmic' if log else 'linear'} scale")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(grid)}{drawn}</svg>'
 

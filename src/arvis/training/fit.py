@@ -42,15 +42,16 @@ from arvis.training.progress import OnStep, Speed, StepInfo
 _log = logging.getLogger("arvis")
 
 Loss = Callable[[dict[str, Any], Noise], dict[str, Tensor]]
-Sample = Callable[[int, Path], None]
+Sample = Callable[[int, Path], Mapping[str, float] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """How a run ended: `step` updates are done and saved in `checkpoint`; `stopped` says why this call returned."""
+    """How a run ended: `step` updates of `steps` are done and saved in `checkpoint`; `stopped` says why."""
 
     run: Path
     step: int
+    steps: int
     stopped: Literal["done", "time", "interrupted"]
     metrics: dict[str, float]
     seconds: float
@@ -80,8 +81,8 @@ def fit(
     it, `batch["step"]`. `loss(batch, noise)` returns scalars: "loss" is minimised, those named by `config.parts` by
     their own optimisers, the others are logged. Parameters with `requires_grad` False are left alone, and submodules
     made only of such run in eval mode. `sample(step, folder)` is called in eval mode with the averaged weights, to
-    write pictures. `blocks(module)` are the submodules to compile and to shard one by one. `settings` is plain data for
-    config.json (system, data).
+    write pictures; scalars that it returns are logged. `blocks(module)` are the submodules to compile and to shard one
+    by one. `settings` is plain data for config.json (system, data).
 
     Under torchrun every process calls this with the same arguments; rank 0 writes, samples and calls `on_step`. With
     `shard` all ranks sample, in step, and only rank 0's pictures are kept.
@@ -191,6 +192,7 @@ class _Run:
         return FitResult(
             run=self.run,
             step=self.step,
+            steps=config.steps,
             stopped="done" if self.step >= config.steps else self.ending or "done",
             metrics=self.last,
             seconds=time.monotonic() - self.started,
@@ -314,7 +316,9 @@ class _Run:
                 stack.enter_context(ema.swapped(self.module, self.average))
                 stack.enter_context(distributed.gathered(self.loss))
                 stack.enter_context(torch.no_grad())
-                sample(self.step, target)
+                values = sample(self.step, target)
+                if values and self.ranks.first:
+                    metrics.append(self.run, {"step": self.step, **values})
         finally:
             _training_mode(self.module)
 

@@ -1,10 +1,14 @@
-"""report.html of a run: curves, the latest samples, speed and settings in one file that opens without a network."""
+"""report.html of a run: curves, the latest samples, speed and settings in one file that opens without a network.
+
+Metrics NAME_seen and NAME_heldout (on pictures that are learned from, and on others) share a figure. Pictures in the
+run folder that config.json names under "pictures" are shown first, with their captions.
+"""
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ p.sub { color: var(--dim); margin: 0 0 20px; }
   display: block; margin: 0 auto 6px; image-rendering: pixelated; }
 svg { width: 100%; display: block; } svg text { font-size: 11px; fill: var(--dim); } .grid { stroke: var(--line); }
 .raw, .smooth { fill: none; stroke: var(--hue); stroke-linejoin: round; } .raw { opacity: .3; }
-.smooth { stroke-width: 2; } .dot { fill: var(--hue); }
+.smooth { stroke-width: 2; } .second { fill: none; stroke: var(--ink); stroke-dasharray: 5 4; } .dot { fill: var(--hue); }
 .log { display: none; } #log:checked ~ .curves .both .lin { display: none; }
 #log:checked ~ .curves .both .log { display: block; }
 table { border-collapse: collapse; font-size: 14px; }
@@ -47,19 +51,44 @@ def write(run: Path) -> Path:
     return run / "report.html"
 
 
+def overview(run: Path, title: str, parts: Sequence[str]) -> Path:
+    """Write a report.html that shows the pictures in the run folder and leads to the reports of its parts."""
+    links = ", ".join(f'<a href="{escape(part)}/report.html">{escape(part)}</a>' for part in parts)
+    figures = "".join(_figure(file, file.stem) for file in sorted(run.glob("*.png")))
+    body = f'<h1>{escape(title)}</h1><p class="sub">Reports of the stages: {links}</p>'
+    write_text(run / "report.html", f'{_head(title)}{body}<div class="samples">{figures}</div></body></html>')
+    return run / "report.html"
+
+
 def html(name: str, rows: list[dict[str, Any]], config: Mapping[str, Any], samples: Path) -> str:
     """The page as text."""
-    title = escape(f"{name}: training report")
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style><body>',
+        _head(f"{name}: training report"),
         f'<h1>{escape(name)}</h1><p class="sub">{escape(_subtitle(config))}</p>',
         _facts(rows, config),
+        _pictures(samples.parent, config.get("pictures", {})),
         _curves(rows),
         _samples(samples),
         f"<h2>Settings</h2>{_table(config)}</body></html>",
     ]
     return "\n".join(parts)
+
+
+def _head(title: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style><body>'
+    )
+
+
+def _pictures(run: Path, captions: Mapping[str, str]) -> str:
+    """Pictures in the run folder with what they show."""
+    return "".join(_figure(run / name, text) for name, text in captions.items() if (run / name).is_file())
+
+
+def _figure(file: Path, caption: str) -> str:
+    data, text = base64.b64encode(file.read_bytes()).decode(), escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:
@@ -74,7 +103,7 @@ def _facts(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
     last, steps = rows[-1], config.get("fit", {}).get("steps", 0)
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     speeds = sorted(row["images_per_second"] for row in rows if row.get("images_per_second"))
-    hours = last.get("seconds", 0.0) / 3600
+    hours = max(row.get("seconds", 0.0) for row in rows) / 3600
     facts = {
         "step": f"{last['step']:,} of {steps:,}",
         "loss": chart.short(losses[-1]) if losses else "none",
@@ -91,21 +120,28 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row if name not in hidden)
     figures = []
     for name in sorted(names, key=_rank):
-        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-        if not points:
+        stem, seen, _ = name.partition("_seen")
+        points, second = _points(rows, name), _points(rows, f"{stem}_heldout") if seen else []
+        if not points or (name.endswith("_heldout") and name.replace("_heldout", "_seen") in names):
             continue
-        smooth = 0.0 if name == "lr" else 0.9
-        positive = min(y for _, y in points) > 0
-        drawn = f'<div class="lin">{chart.svg(points, name, False, smooth)}</div>'
+        smooth = 0.0 if name == "lr" or seen else 0.9
+        positive = min(y for _, y in (*points, *second)) > 0
+        drawn = f'<div class="lin">{chart.svg(points, name, False, smooth, second)}</div>'
         if positive:
-            drawn += f'<div class="log">{chart.svg(points, name, True, smooth)}</div>'
+            drawn += f'<div class="log">{chart.svg(points, name, True, smooth, second)}</div>'
         caption = f"{escape(name)}: {chart.short(points[-1][1])} at step {points[-1][0]:,}"
+        if second:
+            caption += f"; on pictures held out (dashed): {chart.short(second[-1][1])}"
         kind = ' class="both"' if positive else ""
         figures.append(f"<figure{kind}><figcaption>{caption}</figcaption>{drawn}</figure>")
     if not figures:
         return ""
     switch = '<input type="checkbox" id="log"> <label for="log">logarithmic scale</label>'
     return f'<h2>Curves</h2><section>{switch}<div class="curves">{"".join(figures)}</div></section>'
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -123,11 +159,7 @@ def _samples(samples: Path, most: int = 7) -> str:
         return ""
     count = min(most, len(files))
     chosen = [files[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)]
-    figures = []
-    for file in reversed(chosen):
-        data, name = base64.b64encode(file.read_bytes()).decode(), escape(file.stem)
-        image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-        figures.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
+    figures = [_figure(file, file.stem) for file in reversed(chosen)]
     return f'<h2>Samples</h2><div class="samples">{"".join(figures)}</div>'
 
 
