@@ -76,11 +76,11 @@ def lloyd_bins(x: Tensor, n: int, channels: int, iterations: int = 50) -> Bins:
 def lloyd_max(x: Tensor, n: int, iterations: int = 50) -> tuple[Tensor, list[float]]:
     """The centres [n] of least squared error for scalars `x`, and the error before each iteration and at the end.
 
-    Each centre becomes the mean of its cell, each border the middle of two centres: the error never rises.
+    Each centre becomes the mean of its cell, each border the middle of two centres: the error never rises. They start
+    as many fine bins would lie, with the cube root of the density of x (Panter and Dite 1951).
     """
     x = x.double().reshape(-1)
-    centres = torch.quantile(x[:: max(1, len(x) // 10**6)], (torch.arange(n, device=x.device).double() + 0.5) / n)
-    errors = []
+    centres, errors = _companded(x, n), []
     for _ in range(iterations):
         ids = torch.bucketize(x, (centres[1:] + centres[:-1]) / 2)
         errors.append((x - centres[ids]).square().mean().item())
@@ -89,3 +89,14 @@ def lloyd_max(x: Tensor, n: int, iterations: int = 50) -> tuple[Tensor, list[flo
         centres = torch.where(counts > 0, means, centres)
     errors.append((x - centres[torch.bucketize(x, (centres[1:] + centres[:-1]) / 2)]).square().mean().item())
     return centres, errors
+
+
+def _companded(x: Tensor, n: int, cells: int = 4096) -> Tensor:
+    """n places whose density is the cube root of that of x."""
+    low, high = float(x.min()), float(x.max())
+    mass = torch.histc(x, cells, low, high) ** (1 / 3)
+    total = torch.cat((mass.new_zeros(1), mass.cumsum(0))) / mass.sum()
+    at = (torch.arange(n, device=x.device).double() + 0.5) / n
+    cell = torch.searchsorted(total, at).clamp(1, cells)
+    inside = (at - total[cell - 1]) / (total[cell] - total[cell - 1])
+    return low + (high - low) * (cell - 1 + inside) / cells
