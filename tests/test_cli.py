@@ -297,7 +297,8 @@ def test_convert_in_both_directions(monkeypatch, capsys, refused):
     assert "class_emb.weight" in load_file("official/transformer.safetensors")
     files = [f"{part}=official/{part}.safetensors" for part in parts]
     run("convert", "var-tiny", "ours", "--weights", *files)
-    assert "var-tiny, licence MIT" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "ours: var-tiny, 2.87 MB in float32, licence MIT" in out and "tokenizer from official" in err
     ours = arvis.load(Path("ours"))
     assert ours.settings == {"top_k": 3}
     request = {"class_labels": 1, "settings": {"top_k": 0}}
@@ -305,7 +306,18 @@ def test_convert_in_both_directions(monkeypatch, capsys, refused):
     run("convert", "ours", "again", "--official")
     for part in parts:
         assert Path(f"again/{part}.safetensors").read_bytes() == Path(f"official/{part}.safetensors").read_bytes()
-    assert "PART=FILE" in refused("convert", "var-tiny", "x", "--weights", "tokenizer")
+    run("convert", "var-tiny", "whole", "--weights", "official", "--dtype", "bfloat16")
+    assert "1.44 MB in bfloat16" in capsys.readouterr().out
+    run("convert", "ours", "half", "--dtype", "bfloat16")
+    assert Path("half/model.safetensors").stat().st_size == Path("whole/model.safetensors").stat().st_size < 1.5e6
+    weight = small("var").system.transformer.head.linear.weight
+    for folder in ("whole", "half"):
+        stored = arvis.load(Path(folder)).system.transformer.head.linear.weight
+        assert stored.equal(weight.bfloat16().float())
+    run("info", "whole")
+    assert re.search("converted +tokenizer from tokenizer.safetensors, sha256 [0-9a-f]{64}", capsys.readouterr().out)
+    assert "PART=FILE" in refused("convert", "var-tiny", "x", "--weights", "tokenizer", "transformer")
+    assert "no file tokenizer" in refused("convert", "var-tiny", "x", "--weights", "tokenizer")
     assert "no part 'vae'" in refused("convert", "var-tiny", "x", "--weights", "vae=y")
     assert "no file nothing.pth" in refused("convert", "var-tiny", "x", "--weights", "tokenizer=nothing.pth")
     assert "no official files" in refused("convert", "brush", "x", "--official")

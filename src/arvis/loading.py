@@ -121,15 +121,15 @@ def by_name(
         return from_folder(name, device, **hub, anyway=anyway)
     if (SHIPPED / full).is_dir() and not weights:
         return from_folder(SHIPPED / full, device)
-    place, config = resolve_device(device), preset.config()
-    found = published(slug, full, preset, config, Hub(**hub), weights)
-    for line in found.lines(place):
-        _log.info("%s", line)
-    if not anyway:
-        found.refuse(place)
-    found.fill(found.fetch(), place)
+    found = published(slug, full, preset, device, Hub(**hub), weights, anyway)
+    found.fill(found.fetch(), resolve_device(device))
     return Loaded(
-        system=found.system, slug=slug, name=full, config=config, settings=preset.sampling, source=found.source
+        system=found.system,
+        slug=slug,
+        name=full,
+        config=found.config,
+        settings=preset.sampling,
+        source=found.source(),
     )
 
 
@@ -137,16 +137,26 @@ def published(
     slug: str,
     name: str,
     preset: Preset,
-    config: Any,
+    device: str | torch.device,
     hub: Hub,
     weights: Mapping[str, str | Path] | str | Path | None = None,
+    anyway: bool = False,
 ) -> Official:
-    """The official weights of a preset, found and not yet fetched. Raises WeightsError where there are none."""
+    """The official weights of a preset, found, told in the log, and not yet fetched.
+
+    Raises WeightsError where there are none, or where they cannot fit (but `anyway`).
+    """
     if not preset.files:
         raise WeightsError(f"no weights of {name} are published: train it (arvis train {name}) and load its folder")
+    place, module, config = resolve_device(device), systems.system(slug), preset.config()
     with torch.device("meta"):
-        system = systems.system(slug).build(config)
-    return locate(name, preset, system, systems.system(slug).keys(config), hub, weights)
+        system = module.build(config)
+    found = locate(slug, name, preset, config, system, module.keys(config), hub, weights)
+    for line in found.lines(place):
+        _log.info("%s", line)
+    if not anyway:
+        found.refuse(place)
+    return found
 
 
 def with_adapters(model: Loaded, path: str | Path) -> Loaded:

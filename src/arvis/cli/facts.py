@@ -6,65 +6,114 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from arvis import systems
 from arvis.cli.terminal import log_lines, place_for_folder, progress
 from arvis.config import to_dict
+from arvis.published import File, Preset
+
+if TYPE_CHECKING:
+    from arvis.weights import Remote
 
 
 def list_systems() -> None:
     """List the systems, their models, and what they are."""
-    from arvis.loading import SHIPPED
-
     for slug, row in systems.SYSTEMS.items():
         print(f"{slug:<16} {row.kind:<12} {row.title}")
         for name, preset in systems.system(slug).PRESETS.items():
-            found = "in the box" if (SHIPPED / name).is_dir() else "on the hub" if preset.files else "to be trained"
-            print(f"    {name:<24} {found}, licence {preset.licence or 'unknown'}")
+            print(f"    {name:<24} {_where(name, preset)}, licence {preset.licence or 'unknown'}")
+
+
+def _where(name: str, preset: Preset) -> str:
+    """Where the weights of a preset are to be had."""
+    from arvis.loading import SHIPPED
+
+    if (SHIPPED / name).is_dir():
+        return "in the box"
+    if not preset.files:
+        return "to be trained"
+    return "in the cache" if all(_cached(file) for file in preset.files.values()) else "on the hub"
+
+
+def _cached(file: File) -> tuple[Remote, ...]:
+    """An official file in the cache of this machine, without a network; empty where it is not there."""
+    from arvis.weights import Hub, WeightsError
+
+    try:
+        return Hub(local_files_only=True).find(file.repo, file.name, file.revision)
+    except WeightsError:
+        return ()
 
 
 def info(name: Positional[str], /) -> None:
-    """Show a model's configuration, size, layout and published results.
+    """Show a model's configuration, size, what it takes, layout and published results; nothing is downloaded.
 
     Args:
         name: A preset, such as var-d16, or a folder of a trained model.
     """
     import torch
 
-    if Path(name).is_dir() and ("/" in name or (Path(name) / "config.json").is_file()):
-        import arvis
+    from arvis.config import from_dict
+    from arvis.weights import read_header, takes
 
-        loaded = arvis.load(Path(name))
-        slug, full, config, system = loaded.slug, loaded.name, loaded.config, loaded.system
-        files, licence, sampling = {}, loaded.source.get("licence") or "unknown", loaded.sampling()
+    preset, stored, sampling = None, None, {}
+    if _a_folder(name):
+        header = read_header(Path(name))
+        slug, full = header.system, header.source.get("name", Path(name).name)
+        config, stored = from_dict(systems.system(slug).CONFIG, header.config), header.source
+        sampling, licence = stored.get("sampling") or {}, stored.get("licence") or "unknown"
     else:
         slug, full, preset = systems.preset(name)
-        config = preset.config()
-        with torch.device("meta"):
-            system = systems.system(slug).build(config)
-        files, licence = preset.files, preset.licence
-        sampling = replace(system.Sampling(), **preset.sampling)
+        config, sampling, licence = preset.config(), preset.sampling, preset.licence or "no published weights"
+    with torch.device("meta"):
+        system = systems.system(slug).build(config)
+    known = {field.name for field in fields(system.Sampling)}
+    sampling = replace(system.Sampling(), **{key: value for key, value in sampling.items() if key in known})
     print(f"{full}: {systems.SYSTEMS[slug].title}")
     for part, net in system.parts().items():
         count = sum(p.numel() for p in net.parameters())
-        where = f"{files[part].repo}/{files[part].name}" if part in files else ""
+        where = _file(preset.files[part], net) if preset and part in preset.files else ""
         print(f"  {part:<12} {count / 1e6:10.2f} M parameters  {where}".rstrip())
+    if preset and preset.text:
+        there = _cached(File(repo=preset.text, name=""))
+        print(f"  {'text':<12} {preset.text} ({'in the cache' if there else 'fetched when the first prompt comes'})")
+    print(f"  memory       {takes(system)}")
+    for row in (stored or {}).get("files", ()):
+        at = f" at {row['revision']}" if "revision" in row else ""
+        print(f"  converted    {row['part']} from {row['file']}{at}, sha256 {row.get('sha256', 'unknown')}")
     layout = system.tokenizer.layout()
     levels = ", ".join("x".join(map(str, level)) for level in layout.levels)
-    print(f"  layout       {layout.n} tokens in {layout.K} groups: {levels}")
+    print(f"  layout       {layout.n} tokens{f' in {layout.K} groups' if layout.K > 1 else ''}: {levels}")
     print(f"  takes        {', '.join(system.conditions) or 'no condition'}")
-    print(f"  licence      {licence or 'no published weights'}")
+    print(f"  licence      {licence}")
     print(f"  sampling     {', '.join(f'{key}={value}' for key, value in to_dict(sampling).items())}")
     for result in getattr(systems.system(slug), "RESULTS", ()):
         if result.preset == full:
             print(f"  published    {result.metric} {result.value} ({result.settings}; {result.source})")
     for line in _lines(to_dict(config), "model."):
         print(f"  {line}")
+
+
+def _a_folder(name: str) -> bool:
+    """Whether a name is that of a folder of ours, and not of a preset."""
+    return Path(name).is_dir() and ("/" in name or (Path(name) / "config.json").is_file())
+
+
+def _file(file: File, net: Any) -> str:
+    """An official file, with its size where it is here, or what it will be."""
+    from arvis.weights import tensor_bytes, told
+
+    there = _cached(file)
+    if there:
+        state = f"in the cache, {told(sum(remote.size for remote in there))}"
+    else:
+        state = f"to be downloaded, {told(tensor_bytes(net))} in float32"
+    return f"{file.repo}/{file.name} ({state})"
 
 
 def parity(slug: Positional[str], /, fixture: Path | None = None, keys: Path | None = None) -> None:
@@ -114,48 +163,96 @@ def check(slug: Positional[str], /, mutants: bool = False) -> None:
 
 
 def convert(
-    name: Positional[str], out: Positional[Path], /, weights: tuple[str, ...] = (), official: bool = False
+    name: Positional[str],
+    out: Positional[Path],
+    /,
+    weights: tuple[str, ...] = (),
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    official: bool = False,
+    anyway: bool = False,
 ) -> None:
-    """Convert official weights to our folder, or one of our folders to official files.
+    """Convert official weights to our folder with a model card, or one of our folders to official files.
 
     Args:
         name: A preset (var-d16), or with --official a folder of ours.
         out: The folder to write.
-        weights: Official files on disk, PART=FILE (tokenizer=vae.pth transformer=var_d16.pth); else from the hub.
+        weights: Official files on disk, PART=FILE (tokenizer=vae.pth transformer=var_d16.pth), one file with its
+            official name, or a folder of them; else from the hub.
+        dtype: The number format to store; loading widens it to float32 again.
         official: The other way round: one safetensors file per part, with the official names.
+        anyway: Try even where memory or disk seem too small.
     """
-    import arvis
-
     place_for_folder(out.parent)
     if official:
-        if weights:
-            raise ValueError("--weights are official files to read; --official writes them: give one of the two")
-        from safetensors.torch import save_file
-
-        from arvis.weights import to_official
-
-        loaded = arvis.load(name)
-        module = systems.system(loaded.slug)
-        if not hasattr(module, "keys"):
-            raise ValueError(f"{loaded.slug} has no official files: its own folder is the only form")
-        keys = module.keys(loaded.config)
-        place_for_folder(out)
-        for part, net in loaded.system.parts().items():
-            tensors = {k: v.contiguous().clone() for k, v in to_official(net, keys[part]).items()}
-            partial = out / f".{part}.partial"
-            try:
-                save_file(tensors, partial)
-                partial.replace(out / f"{part}.safetensors")
-            finally:
-                partial.unlink(missing_ok=True)
-            print(f"{out / part}.safetensors: {len(tensors)} tensors")
+        if weights or dtype != "float32":
+            raise ValueError(
+                "--official writes official files, --weights and --dtype are for ours: give one of the two"
+            )
+        _to_official(name, out)
         return
     pairs = dict(text.split("=", 1) for text in weights if re.match(r"\w+=.", text))
-    if len(pairs) != len(weights):
-        raise ValueError(f"--weights takes PART=FILE, each part once, got {' '.join(weights)}")
-    with log_lines():
-        loaded = arvis.load(name, weights=pairs)
-    print(f"{loaded.save_pretrained(out)}: {loaded.name}, licence {loaded.source.get('licence') or 'unknown'}")
+    alone = weights[0] if len(weights) == 1 and not pairs else None
+    if alone is None and len(pairs) != len(weights):
+        raise ValueError(f"--weights takes PART=FILE, each part once, or one file or folder; got {' '.join(weights)}")
+    _to_ours(name, out, alone or pairs or None, dtype, anyway)
+
+
+def _to_official(name: str, out: Path) -> None:
+    """One safetensors file per part, with the official names."""
+    import arvis
+    from arvis.weights import to_official, write
+
+    loaded = arvis.load(name)
+    module = systems.system(loaded.slug)
+    if not hasattr(module, "keys"):
+        raise ValueError(f"{loaded.slug} has no official files: its own folder is the only form")
+    keys = module.keys(loaded.config)
+    place_for_folder(out)
+    for part, net in loaded.system.parts().items():
+        tensors = to_official(net, keys[part])
+        print(f"{write(tensors, out / f'{part}.safetensors')}: {len(tensors)} tensors")
+
+
+def _to_ours(name: str, out: Path, weights: Any, dtype: str, anyway: bool) -> None:
+    """Our folder of official weights: configuration, tensors, and a card that says where they come from."""
+    import torch
+
+    import arvis
+    from arvis.loading import published
+    from arvis.weights import Hub, card, save_pretrained, tensor_bytes, told
+
+    stored = getattr(torch, dtype)
+    slug, full, preset = ("", "", None) if _a_folder(name) else systems.preset(name)
+    if preset is None or not preset.files:  # ours already, or in the box: only the number format changes
+        loaded = arvis.load(Path(name) if preset is None else name, weights=weights, anyway=anyway)
+        source = {**loaded.source, "name": loaded.name, "sampling": loaded.settings}
+        slug, full, config, system, text = loaded.slug, loaded.name, loaded.config, loaded.system, ""
+        _room(out, system, stored, anyway)
+    else:
+        with log_lines():
+            found = published(slug, full, preset, "cpu", Hub(), weights, anyway)
+            _room(out, found.system, stored, anyway)
+            files = found.fetch()
+            found.fill(files)
+        source = {**found.source(files), "name": full, "sampling": preset.sampling}
+        config, system = found.config, found.system
+        text = card(full, systems.SYSTEMS[slug].title, source, dtype, system.conditions, arvis.__version__, out.name)
+    save_pretrained(system, to_dict(config), out, system=slug, source=source, dtype=stored, card=text)
+    size = told(tensor_bytes(system) * stored.itemsize // torch.float32.itemsize)
+    print(f"{out}: {full}, {size} in {dtype}, licence {source.get('licence') or 'unknown'}")
+    for row in source.get("files", ()) if text else ():
+        print(f"  {row['part']:<12} {row['file']}  sha256 {row['sha256']}")
+
+
+def _room(out: Path, system: Any, stored: Any, anyway: bool) -> None:
+    """WeightsError where a folder of the stored weights does not fit on its disk."""
+    import torch
+
+    from arvis.weights import WeightsError, free_disk, tensor_bytes, told
+
+    needed, free = tensor_bytes(system) * stored.itemsize // torch.float32.itemsize, free_disk(out)
+    if free is not None and needed > free and not anyway:
+        raise WeightsError(f"{out} takes {told(needed)}, and {told(free)} are free there: free some space, or --anyway")
 
 
 def doctor() -> None:

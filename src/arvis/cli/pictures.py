@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from arvis import __version__, systems
 from arvis.cli.settings import Set
-from arvis.cli.terminal import place_for_folder, place_for_picture, progress
+from arvis.cli.terminal import log_lines, place_for_folder, place_for_picture, progress
 from arvis.config import override, to_dict
 
 
@@ -51,7 +51,8 @@ def generate(
     where = None if mask is None else _box(mask) or Path(mask)
     if isinstance(where, Path) and max(read_image(where).convert("L").tobytes()) < 128:
         raise ValueError(f"{mask} has no white, and white marks what is painted anew")
-    loaded = arvis.load(model, device=device)
+    with log_lines():
+        loaded = arvis.load(model, device=device)
     settings = _settings(set, loaded)
     what: dict[str, Any] = {"prompt": prompt}
     if "class_labels" in loaded.system.conditions:
@@ -99,7 +100,8 @@ def reconstruct(
         raise ValueError("give at least one picture to reconstruct")
     place_for_picture(out)
     opened = [read_image(path) for path in pictures]
-    loaded = arvis.load(model, device=device)
+    with log_lines():
+        loaded = arvis.load(model, device=device)
     before = [centre_crop(image, loaded.size) for image in opened]
     after = loaded.reconstruct(before)
     about = {"arvis": __version__, "model": loaded.name, "pictures": [path.name for path in pictures]}
@@ -133,7 +135,8 @@ def evaluate(
     from arvis.recipes import evaluate_emoji
 
     place_for_folder(out)
-    loaded = arvis.load(model, device=device)
+    with log_lines():
+        loaded = arvis.load(model, device=device)
     with progress(None, "picture") as bar:
         report = evaluate_emoji(loaded, _settings(set, loaded), seed=seed, quick=quick, out=out, on_picture=bar.update)
     print(report)

@@ -49,12 +49,9 @@ def preset(name: str) -> tuple[str, str, Preset]:
         presets = system(name).PRESETS
         first = next(iter(presets))
         return name, first, presets[first]
-    known: list[str] = []
     for slug in sorted(SYSTEMS, key=len, reverse=True):
-        if name.startswith(f"{slug}-"):
-            presets = system(slug).PRESETS
-            if name in presets:
-                return slug, name, presets[name]
-            known += presets
-    near = difflib.get_close_matches(name, [*known, *SYSTEMS], 3, 0.3)
+        if name.startswith(f"{slug}-") and name in (presets := system(slug).PRESETS):
+            return slug, name, presets[name]
+    known = [preset for slug in SYSTEMS for preset in getattr(system(slug), "PRESETS", ())]
+    near = difflib.get_close_matches(name, [*SYSTEMS, *known], 3, 0.3)
     raise KeyError(f"no model is called {name!r}; {'nearest: ' + ', '.join(near) if near else 'see `arvis systems`'}")

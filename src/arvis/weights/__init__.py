@@ -1,7 +1,17 @@
 """Weights: official checkpoints <-> our modules, files read safely, folders in the hub's layout."""
 
 from arvis.weights.adapters import AdapterFile, fingerprint, holds_adapters, merged, read_adapters, save_adapters
-from arvis.weights.files import Header, Pretrained, metadata, read, read_header, read_pretrained, save_pretrained
+from arvis.weights.card import card
+from arvis.weights.files import (
+    Header,
+    Pretrained,
+    metadata,
+    read,
+    read_header,
+    read_pretrained,
+    save_pretrained,
+    write,
+)
 from arvis.weights.hub import Hub, Remote, checksum, fetch
 from arvis.weights.keys import (
     SAME_NAMES,
@@ -39,6 +49,7 @@ __all__ = [
     "Transform",
     "WeightsError",
     "affordable",
+    "card",
     "checksum",
     "fetch",
     "fingerprint",
@@ -60,4 +71,5 @@ __all__ = [
     "tensor_bytes",
     "to_official",
     "told",
+    "write",
 ]

@@ -216,13 +216,16 @@ def save_pretrained(
     *,
     system: str,
     source: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    card: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a module in the hub's layout: config.json and model.safetensors, or shards of at most `shard_bytes`.
 
-    `config` is the plain form of the system's configuration, `source` where the weights come from (repo, licence). The
-    folder appears whole or not at all; one that holds a model of ours is replaced, its other files stay. Raises
-    WeightsError where the folder holds something else.
+    `config` is the plain form of the system's configuration, `source` where the weights come from (repo, licence),
+    `dtype` the number format of what is stored where it is another one, `card` a README.md. The folder appears whole or
+    not at all; one that holds a model of ours is replaced, its other files stay. Raises WeightsError where the folder
+    holds something else.
     """
     folder = Path(folder).resolve()
     header = {"library": "arvis", "format": FORMAT, "system": system, "config": config, "source": dict(source or {})}
@@ -234,7 +237,10 @@ def save_pretrained(
     try:
         partial.chmod(0o755)
         _write_text(partial / "config.json", text + "\n")
-        _write_shards(partial, module.state_dict(), {"format": "pt", "arvis": json.dumps(header)}, shard_bytes)
+        if card:
+            _write_text(partial / "README.md", card)
+        about = {"format": "pt", "arvis": json.dumps(header)}
+        _write_shards(partial, module.state_dict(), about, shard_bytes, dtype)
         _swap(partial, folder)
     except SafetensorError as error:
         raise WeightsError(f"could not write {folder}: {error}") from error
@@ -256,37 +262,69 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _write_shards(folder: Path, state: Mapping[str, Tensor], metadata: dict[str, str], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    seen: set[int] = set()
+def _write_shards(
+    folder: Path, state: Mapping[str, Tensor], about: dict[str, str], shard_bytes: int, dtype: torch.dtype | None
+) -> None:
+    shards: list[list[str]] = [[]]
     filled = total = 0
     for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
         if shards[-1] and filled + size > shard_bytes:
-            shards.append({})
+            shards.append([])
             filled = 0
-        plain = tensor.detach().to("cpu").contiguous()
-        if (
-            plain.untyped_storage().data_ptr() in seen
-        ):  # safetensors refuses shared memory: tied tensors are stored twice
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        shards[-1][name] = plain
+        shards[-1].append(name)
         filled, total = filled + size, total + size
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        names = ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata=metadata)
-        _flush(folder / name)
+        files = ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):  # one shard after another, so that one lies in memory
+        _save(storable({name: state[name] for name in names}, dtype), folder / file, about)
     if len(shards) > 1:
-        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_text(folder / INDEXES[0], json.dumps(index, indent=2) + "\n")
 
 
+def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, contiguous, none in the memory of another (tied ones twice).
+
+    Copies are made only where that is needed; `dtype` is the number format of floating ones.
+    """
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        if plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        out[name] = plain
+    return out
+
+
+def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that nobody but their owner can read
+    save_file(tensors, path, metadata=about)
+    path.chmod(mode)
+    _flush(path)
+
+
+def write(tensors: Mapping[str, Tensor], path: str | Path) -> Path:
+    """Write one safetensors file; it appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        _save(storable(tensors), partial)
+        partial.replace(path)
+    except SafetensorError as error:
+        raise WeightsError(f"could not write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
 def _swap(partial: Path, folder: Path) -> None:
-    """Give the new folder its name; files of the old one that are not a model's move along."""
+    """Give the new folder its name; files of the old one that are not a model's, or are not new, move along."""
     if not folder.exists():
         os.replace(partial, folder)
         return
@@ -298,7 +336,8 @@ def _swap(partial: Path, folder: Path) -> None:
         os.replace(old, folder)
         raise
     for entry in old.iterdir():
-        if not re.fullmatch(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", entry.name):
+        of_model = re.fullmatch(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", entry.name)
+        if not of_model and not (folder / entry.name).exists():
             os.replace(entry, folder / entry.name)
     shutil.rmtree(old)
 

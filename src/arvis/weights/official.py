@@ -11,7 +11,7 @@ import torch
 
 from arvis.published import File, Preset
 from arvis.weights.files import read
-from arvis.weights.hub import Hub, Remote
+from arvis.weights.hub import Hub, Remote, checksum
 from arvis.weights.keys import Key, WeightsError, load_official
 from arvis.weights.memory import affordable, free_disk, takes, told
 
@@ -24,8 +24,10 @@ class Official:
     """The weights of a preset before they are here. `system` is its empty network on the meta device, `text` the files
     of the text encoder that its prompts will need."""
 
+    slug: str
     name: str
     preset: Preset
+    config: Any
     system: Any
     keys: Mapping[str, Sequence[Key]]
     places: Mapping[str, Place]
@@ -73,23 +75,45 @@ class Official:
             load_official(self.system.parts()[part], self.keys[part], tensors, source=str(path), device=device)
         self.system.to(device)
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """Where the weights come from, as the configuration of a saved model says it."""
-        files = []
+    def source(self, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
+        """Where the weights come from, as the configuration of a saved model says it.
+
+        With the fetched `files`, with the checksum of each; WeightsError where it is not the one that the hub states.
+        """
+        rows: list[dict[str, str]] = []
         for part, place in self.places.items():
+            here = files[part] if files else None
             if isinstance(place, Path):
-                files.append({"part": part, "file": place.name})
+                inside = sorted(place.iterdir()) if place.is_dir() else [place]
+                found = [({"file": path.name}, path) for path in inside if path.is_file()]
             else:
-                rows = ({"file": f"{r.repo}/{r.name}", "revision": r.commit, "sha256": r.sha256} for r in place)
-                files += [{"part": part, **{k: v for k, v in row.items() if v}} for row in rows]
+                found = [
+                    (
+                        {"file": f"{r.repo}/{r.name}", "revision": r.commit, "sha256": r.sha256},
+                        here / PurePosixPath(r.name).name if here and here.is_dir() else here,
+                    )
+                    for r in place
+                ]
+            for row, path in found:
+                if files and path:
+                    row["sha256"] = _checked(path, row.get("sha256", ""))
+                rows.append({"part": part, **{name: value for name, value in row.items() if value}})
         repos = ", ".join(sorted({file.repo for file in self.preset.files.values()}))
-        return {"repo": repos, "licence": self.preset.licence, "files": files}
+        return {"repo": repos, "licence": self.preset.licence, "files": rows}
+
+
+def _checked(path: Path, stated: str) -> str:
+    found = checksum(path)
+    if stated not in ("", found):
+        raise WeightsError(f"{path} has the checksum {found}, and the hub says {stated}: delete it and try again")
+    return found
 
 
 def locate(
+    slug: str,
     name: str,
     preset: Preset,
+    config: Any,
     system: Any,
     keys: Mapping[str, Sequence[Key]],
     hub: Hub,
@@ -115,7 +139,17 @@ def locate(
         except WeightsError:  # its own loader will say it when it is needed
             text = ()
     ordered = {part: places[part] for part in preset.files}
-    return Official(name=name, preset=preset, system=system, keys=keys, places=ordered, text=text, hub=hub)
+    return Official(
+        slug=slug,
+        name=name,
+        preset=preset,
+        config=config,
+        system=system,
+        keys=keys,
+        places=ordered,
+        text=text,
+        hub=hub,
+    )
 
 
 def given(
