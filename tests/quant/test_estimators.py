@@ -91,6 +91,13 @@ def test_rare_codes_are_revived():
     assert used(count(quantizer.encode(torch.randn(20000, 4)), 64)) >= 0.95
 
 
+def test_revived_codes_come_from_the_positions_that_are_asked_for():
+    quantizer, z = ema(size=16), torch.randn(30, 4, 4)  # 30 pictures of four positions
+    quantizer.cluster_size.zero_()
+    assert quantizer.revive_(z, NOISE, 0, 0.5, weight=torch.tensor([0.0, 0, 1, 0]).expand(30, 4)) == 16
+    assert torch.equal(quantizer.embed, z[nearest(quantizer.embed, z[:, 2]), 2])
+
+
 # -- k-means --------------------------------------------------------------------------------------------------------
 
 

@@ -92,13 +92,14 @@ class EMAVQ(nn.Module):
         self.embed.copy_(centres_VD)
 
     @torch.no_grad()
-    def revive_(self, z: Tensor, noise: Noise, at: int, threshold: float = 2.0) -> int:
+    def revive_(self, z: Tensor, noise: Noise, at: int, threshold: float = 2.0, weight: Tensor | None = None) -> int:
         """Sets codes whose average count is below `threshold` to random vectors of a batch; says how many.
 
-        The threshold is their new count. Selftok's is 0.2 times the vectors of a batch per code.
+        The threshold is their new count. Selftok's is 0.2 times the vectors of a batch per code, and its `weight` [...]
+        of each vector is that of its position (`revive.scarce_positions`).
         """
         gone = self.cluster_size < threshold
-        n = restart_(self.embed, gone, self._space(z), noise, at)
+        n = restart_(self.embed, gone, self._space(z), noise, at, weight)
         self.cluster_size[gone] = threshold
         self.embed_avg[gone] = self.embed[gone] * threshold
         return n
