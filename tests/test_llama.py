@@ -200,7 +200,7 @@ def test_a_fresh_model_knows_nothing_and_has_the_official_spread():
     tokens = torch.randint(1024, (2, 64, 1))
     nats = -system.teacher(tokens, system.prepare({"prompt": ["a", "b"]})).log_prob(tokens)
     assert torch.allclose(nats, torch.tensor(math.log(1024)))
-    with pytest.raises(ValueError, match="set one of"):
+    with pytest.raises(ValueError, match="the condition is one of"):
         replace(llamagen.emoji_64(), caption=llamagen.CaptionConfig())
 
 

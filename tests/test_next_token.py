@@ -32,10 +32,10 @@ def system(condition: str = "class", seed: int = 0) -> NextToken:
     tokenizer = GridVQConfig(grid=(2, 3), vocab_size=CODES, code_width=4, cnn=cnn)
     config = LlamaGenConfig(tokenizer=tokenizer, depth=2, width=16, heads=2, num_classes=4, ffn_multiple=8)
     if condition == "caption":
-        config = replace(config, caption=CaptionConfig(repo="none", channels=6, rows=TEXT))
+        config = replace(config, num_classes=0, caption=CaptionConfig(repo="none", channels=6, rows=TEXT))
     if condition == "text":
         text = TextConfig(buckets=64, words=4, pieces=6, width=8, depth=1, heads=2)
-        config = replace(config, text=text, still=True)
+        config = replace(config, num_classes=0, text=text, still=True)
     out = llamagen.build(config)
     for p in out.transformer.parameters():
         if p.dim() > 1:

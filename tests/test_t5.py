@@ -91,6 +91,7 @@ def test_prompts_paint_as_their_features_do(repo):
         depth=1,
         width=16,
         heads=2,
+        num_classes=0,
         caption=CaptionConfig(repo=repo, channels=16, rows=5),
     )
     system = llamagen.build(config)

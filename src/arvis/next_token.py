@@ -65,7 +65,7 @@ class TokenTransformer(nn.Module):
 
     def table(self, layout: Layout) -> Tensor:
         """The rotary table of all rows of a layout, on the host, at least float32."""
-        dtype = torch.promote_types(self.output.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         return self.positions(layout, self.conditioner.length).to(dtype)
 
     def forward(self, x_RD: Tensor, call: Call) -> Tensor:
@@ -140,7 +140,7 @@ class NextToken(nn.Module):
         self, cond: Cond | None, sampling: Any, noise: Source, layout: Layout | None = None, given: Pin | None = None
     ) -> State:
         items, layout = len(noise), self._layout(layout)
-        device = self.transformer.output.weight.device
+        device = self.transformer.embedding.weight.device
         weights = self.weigh(sampling, items, layout.n)
         null = torch.zeros(items, dtype=torch.bool, device=device)
         prefixes = [self.transformer.conditioner(cond, null | u) for u in (False, True)[: weights.shape[-1]]]

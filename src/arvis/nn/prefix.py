@@ -128,7 +128,7 @@ class WordPrefix(nn.Module):
         if prompt is None:
             raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return {"text": word_ids(prompts, self.config).to(self.project.weight.device)}
+        return {"text": word_ids(prompts, self.config).to(self.encoder.summary.device)}
 
     def forward(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> Prefix:
         shape = (len(null_B), self.config.words, self.config.pieces)

@@ -33,7 +33,6 @@ _TRANSFORMER = {
     "n_layer": "depth",
     "dim": "width",
     "n_head": "heads",
-    "num_classes": "num_classes",
     "multiple_of": "ffn_multiple",
     "ffn_dim_multiplier": "ffn_factor",
     "norm_eps": "norm_eps",
@@ -96,14 +95,15 @@ def configured(tokenizer: Mapping[str, Any], transformer: Mapping[str, Any]) -> 
         raise ValueError(f"block_size is that of a square grid, got {transformer['block_size']}")
     if transformer["vocab_size"] != tokenizer["codebook_size"]:
         raise ValueError(f"the transformer has {transformer['vocab_size']} codes, the tokenizer {tokenizer}")
-    caption = None
+    condition: dict[str, Any] = {"num_classes": transformer.get("num_classes", 1000)}
     if transformer["model_type"] == "t2i":
         caption = CaptionConfig(channels=transformer.get("caption_dim", 2048), rows=transformer["cls_token_num"])
+        condition = {"num_classes": 0, "caption": caption}
     return LlamaGenConfig(
         tokenizer=tokenizer_config(tokenizer, side),
         kv_heads=transformer.get("n_kv_head") or 0,
-        caption=caption,
         drop=0.0,
+        **condition,
         **{ours: transformer[theirs] for theirs, ours in _TRANSFORMER.items() if theirs in transformer},
     )
 

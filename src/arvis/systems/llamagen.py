@@ -65,7 +65,8 @@ class CaptionConfig:
 class LlamaGenConfig:
     """Sizes of the transformer and its tokenizer.
 
-    The condition is a class, or text: of a frozen encoder (`caption`), or of one that is trained along (`text`).
+    The condition is one of `num_classes`, or text (then that is 0): of a frozen encoder (`caption`), or of one that is
+    trained along (`text`).
     `kv_heads` 0 means as many as heads. The network of a block has two thirds of four times the width, times
     `ffn_factor`, rounded up to a multiple of `ffn_multiple`. `still` leaves the rows of the condition where they are
     instead of switching their queries and keys off: text that is trained along learns faster. `dropout` is that of
@@ -89,9 +90,11 @@ class LlamaGenConfig:
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.caption is not None and self.text is not None:
+        kinds = [bool(self.num_classes), self.caption is not None, self.text is not None]
+        if sum(kinds) != 1:
             raise ValueError(
-                "text comes from a frozen encoder or from one that is trained along: set one of caption, text"
+                "the condition is one of num_classes, caption and text; got "
+                f"num_classes={self.num_classes}, caption={self.caption}, text={self.text}"
             )
 
 
@@ -183,7 +186,14 @@ def vq(downsample: int, side: int) -> GridVQConfig:
 def sized(size: str, pixels: int, caption: CaptionConfig | None = None) -> LlamaGenConfig:
     """A size of the paper for pictures of so many pixels."""
     depth, width, heads = SIZES[size]
-    return LlamaGenConfig(tokenizer=vq(16, pixels // 16), depth=depth, width=width, heads=heads, caption=caption)
+    return LlamaGenConfig(
+        tokenizer=vq(16, pixels // 16),
+        depth=depth,
+        width=width,
+        heads=heads,
+        num_classes=0 if caption else 1000,
+        caption=caption,
+    )
 
 
 _INSIDE = "model|module|state_dict|"
@@ -235,7 +245,14 @@ def emoji_64() -> LlamaGenConfig:
     """64x64 pixels, 8x8 cells of 1,024 codes; words of an encoder that is trained along."""
     tokenizer = GridVQConfig(grid=(8, 8), vocab_size=1024, patch=PatchConfig())
     return LlamaGenConfig(
-        tokenizer=tokenizer, depth=6, width=256, heads=4, text=TextConfig(words=16), still=True, dropout=0.0
+        tokenizer=tokenizer,
+        depth=6,
+        width=256,
+        heads=4,
+        num_classes=0,
+        text=TextConfig(words=16),
+        still=True,
+        dropout=0.0,
     )
 
 
