@@ -75,7 +75,8 @@ def from_folder(
         except WeightsError as error:
             raise WeightsError(f"there is no folder {path} here; on the hub: {error}") from error
     found = read_header(where)
-    config, system = _empty(found.system, found.config)
+    config = from_dict(systems.system(found.system).CONFIG, found.config)
+    system = empty(found.system, config)
     if hub is not None:
         files = hub.find(str(path), "", revision)
         licence = found.source.get("licence") or "unknown"
@@ -149,9 +150,7 @@ def published(
     if not preset.files:
         raise WeightsError(f"no weights of {name} are published: train it (arvis train {name}) and load its folder")
     place, module, config = resolve_device(device), systems.system(slug), preset.config()
-    with torch.device("meta"):
-        system = module.build(config)
-    found = locate(slug, name, preset, config, system, module.keys(config), hub, weights)
+    found = locate(slug, name, preset, config, empty(slug, config), module.keys(config), hub, weights)
     for line in found.lines(place):
         _log.info("%s", line)
     if not anyway:
@@ -164,7 +163,8 @@ def with_adapters(model: Loaded, path: str | Path) -> Loaded:
     found = read_adapters(path)
     if found.system != model.slug:
         raise WeightsError(f"{path} was made for {found.base} ({found.system}), not for {model.name} ({model.slug})")
-    config, system = _empty(model.slug, found.config)
+    config = from_dict(systems.system(model.slug).CONFIG, found.config)
+    system = empty(model.slug, config)
     own = {name: t.cpu() for name, t in model.system.state_dict().items()}
     load_official(system, SAME_NAMES, merged(own, found, path), source=str(path))
     return Loaded(
@@ -196,9 +196,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _empty(slug: str, plain: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(configuration, network on the meta device) of a plain configuration."""
-    module = systems.system(slug)
-    config = from_dict(module.CONFIG, plain)
+def empty(slug: str, config: Any) -> Any:
+    """The network of a configuration without values, on the meta device."""
     with torch.device("meta"):
-        return config, module.build(config)
+        return systems.system(slug).build(config)

@@ -56,9 +56,8 @@ def info(name: Positional[str], /) -> None:
     Args:
         name: A preset, such as var-d16, or a folder of a trained model.
     """
-    import torch
-
     from arvis.config import from_dict
+    from arvis.loading import empty
     from arvis.weights import read_header, takes
 
     preset, stored, sampling = None, None, {}
@@ -70,8 +69,7 @@ def info(name: Positional[str], /) -> None:
     else:
         slug, full, preset = systems.preset(name)
         config, sampling, licence = preset.config(), preset.sampling, preset.licence or "no published weights"
-    with torch.device("meta"):
-        system = systems.system(slug).build(config)
+    system = empty(slug, config)
     known = {field.name for field in fields(system.Sampling)}
     sampling = replace(system.Sampling(), **{key: value for key, value in sampling.items() if key in known})
     print(f"{full}: {systems.SYSTEMS[slug].title}")
