@@ -22,21 +22,21 @@ NOISE = Noise.of(1)
 # -- moving averages ------------------------------------------------------------------------------------------------
 
 
-def ema(cosine=False, size=8):
+def ema(cosine=False, size=8, epsilon=1e-5):
     torch.manual_seed(0)
-    return EMAVQ(EMAVQConfig(size=size, width=4, cosine=cosine, decay=0.9))
+    return EMAVQ(EMAVQConfig(size=size, width=4, cosine=cosine, decay=0.9, epsilon=epsilon))
 
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_one_update_is_the_formula(cosine):
     """Check 6. Fails for counts without smoothing, ids of the new table, and sums of vectors that should be unit."""
-    quantizer, z = ema(cosine), torch.randn(100, 4)
+    quantizer, z = ema(cosine, epsilon=0.2), torch.randn(100, 4)
     out = quantizer(z)
     x, ids = unit(z) if cosine else z, out.tokens[:, 0]
     counts = torch.bincount(ids, minlength=8).float()
     sums = torch.stack([x[ids == k].sum(0) for k in range(8)])
     n, m = 0.9 * quantizer.cluster_size + 0.1 * counts, 0.9 * quantizer.embed_avg + 0.1 * sums
-    smooth = (n + 1e-5) / (n.sum() + 8e-5) * n.sum()
+    smooth = (n + 0.2) / (n.sum() + 8 * 0.2) * n.sum()
     old = quantizer.embed.clone()
     assert torch.allclose(out.values, old[ids], atol=1e-6)  # the output is that of the old table
     quantizer.update_(z, out.tokens)
@@ -88,6 +88,7 @@ def test_rare_codes_are_revived():
         gone = quantizer.cluster_size < 0.8
         assert quantizer.revive_(z, NOISE, step, threshold=0.8) == gone.sum()
         assert torch.allclose(quantizer.embed_avg[gone], 0.8 * quantizer.embed[gone])
+        assert (quantizer.cluster_size >= 0.8).all()
     assert used(count(quantizer.encode(torch.randn(20000, 4)), 64)) >= 0.95
 
 
