@@ -196,27 +196,110 @@ def test_train_both_stages_resume_and_paint(capsys, pictures, refused):
     assert "model.scale.depth=2" in capsys.readouterr().out
 
 
+@pytest.fixture
+def little(monkeypatch):
+    """`brush` means a tiny preset that is trained in no time."""
+    from arvis import systems
+    from test_whole import tiny_preset
+
+    monkeypatch.setattr(systems.system("brush"), "PRESETS", {"brush-tiny": tiny_preset("brush")})
+
+
+def test_train_makes_a_whole_model_and_says_what_it_does(capsys, little, pictures, refused):
+    run("train", "brush", "--data", "pictures", "--run", "all", "--set", "generator.fit.steps=4")
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == f"brush-tiny: the tokenizer on pictures, in {Path('all/tokenizer')}"
+    assert lines[1] == f"brush-tiny: the generator on pictures, in {Path('all/generator')}"
+    assert re.match(r"done at step 4 of 4: loss \d\.\d+, accuracy [\d.]+%$", lines[2])
+    assert lines[3] == f"model: {Path('all/model')}, report: {Path('all/report.html')}"
+    assert re.search(r"step 3 of 3: .*, images/s|step 3 of 3: loss .* images/s", err)
+    run("generate", "cat", "--model", "all/model")
+    assert "already holds a run" in refused("train", "brush", "--data", "pictures", "--run", "all")
+    assert "--resume takes no changes" in refused("train", "brush", "--run", "all", "--resume", "--steps", "9")
+    run("train", "brush", "--run", "all", "--resume")
+    assert "done at step 4 of 4" in capsys.readouterr().out
+    run("train", "brush", "--stage", "tokenizer", "--data", "pictures", "--run", "one")
+    told = capsys.readouterr().out
+    assert re.search(r"done at step 3 of 3: loss .*, psnr [\d.]+ dB, usage [\d.]+%, perplexity [\d.]+\n", told), told
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
         (("brsh",), "nearest: brush"),
-        (("brush", "--stage", "generator"), "give its folder with --init"),
-        (("brush", "--resume"), "holds no run to resume"),
+        (("brush", "--stage", "generator", "--data", "one"), "give its folder with --init"),
+        (("brush", "--data", "nowhere"), "no data set 'nowhere'"),
+        (("brush", "--data", "empty"), "no pictures in empty"),
+        (("brush", "--data", "gone"), "no pictures in gone"),
+        (("brush", "--data", "torn"), "captions.jsonl, line 1: expected"),
         (("brush", "--stage", "tokenizer", "--data", "nowhere"), "no data set 'nowhere'"),
         (("brush", "--stage", "tokenizer", "--data", "empty"), "no pictures in empty"),
         (("brush", "--stage", "tokenizer", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("brush", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("brush", "--minutes", "0"), "more than 0, got 0"),
         (("brush", "--stage", "tokenizer", "--minutes", "-1"), "more than 0, got -1"),
+        (("brush", "--set", "fit.lrr=1"), "did you mean fit.lr?"),
+        (("brush", "--set", "generator.fit.lrr=1"), "did you mean fit.lr?"),
         (("brush", "--stage", "tokenizer", "--set", "fit.lrr=1"), "did you mean fit.lr?"),
         (("brush", "--stage", "tokenizer", "--set", "model.scale.dept=1"), "did you mean scale.depth?"),
         (("brush", "--stage", "tokenizer", "--set", "sise=1"), "did you mean size?"),
         (("brush", "--stage", "tokenizer", "--run", "file"), "file is a file"),
-        (("brush", "--init", "nothing"), "no file or folder nothing"),
+        (("brush", "--run", "file"), "file is a file"),
+        (("brush", "--init", "nothing", "--data", "one"), "no file or folder nothing"),
+        (("brush", "--resume"), "holds no run to resume"),
+        (("brush", "--data", "one", "--run", "one/run"), "lies among the pictures in one"),
     ],
 )
-def test_train_tells_mistakes(refused, args, told):
-    Path("empty").mkdir()
+def test_train_tells_mistakes(refused, little, args, told):
+    for name in ("empty", "gone", "torn", "one"):
+        Path(name).mkdir()
+    Path("gone/captions.jsonl").write_text('{"file": "a.png", "caption": "a"}')
+    Path("torn/captions.jsonl").write_text('{"file": "a.png"')
+    picture().save("torn/a.png")
+    picture().save("one/a.png")
     Path("file").write_text("text")
     assert told in refused("train", *args)
+    assert not list(Path().glob("runs/*/*.json")), "nothing stands in the way of the next try"
+
+
+def test_pictures_that_are_none(capsys, little):
+    Path("broken").mkdir()
+    for name in ("a.png", "b.png"):
+        Path("broken", name).write_bytes(b"nonsense")
+    with pytest.raises(SystemExit) as end:
+        run("train", "brush", "--data", "broken")
+    *skipped, last = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and last.startswith("arvis: none of the 2 pictures could be read; the first: broken/")
+    assert all(line.startswith("skipped broken/") for line in skipped) and not Path("runs/new/plan.json").exists()
+
+
+def test_one_picture_is_enough(capsys, little):
+    Path("one").mkdir()
+    picture().save("one/a.png")
+    run("train", "brush", "--data", "one", "--run", "all")
+    assert "done at step 3 of 3" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(refused, little, pictures, monkeypatch):
+    from arvis.training import checkpoint
+
+    def full(*args, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SystemExit) as end:
+        run("train", "brush", "--data", "pictures", "--run", "all")
+    assert end.value.code == 2
+
+
+def test_captions_for_missing_files_are_counted(capsys):
+    Path("some").mkdir()
+    picture().save("some/a.png")
+    lines = [json.dumps({"file": name, "caption": "c"}) for name in ("a.png", "b.png")]
+    Path("some/captions.jsonl").write_text("\n".join(lines))
+    run("finetune", "some", "--steps", "1", "--set", *FAST)
+    assert "1 pictures, 1 of them unreadable or missing" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(capsys, pictures):
@@ -230,15 +313,39 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(capsys, pictures):
 def test_finetune_a_folder_then_paint_from_it(capsys, pictures, refused):
     run("finetune", "pictures", "--run", "mine", "--steps", "2", "--set", *FAST)
     out = capsys.readouterr().out
-    first, *_, last = out.splitlines()
-    assert re.match(r"7 pictures, 1 of them unreadable; the tokenizer shows them at \d+\.\d dB \(", first)
+    first, second, *_, last = out.splitlines()
+    verdict = r"the tokenizer is the bottleneck at \d+\.\d dB: .* \d+\.\d dB at worst \((cat|red_dog)/\d\.png\)"
+    assert re.match(rf"7 pictures, 1 of them unreadable or missing; {verdict}", first)
+    assert second.endswith(str(Path("mine/tokenizer.png"))) and read_image("mine/tokenizer.png").height == 50
+    page = Path("mine/report.html").read_text()
+    assert "the tokenizer is the bottleneck" in page and page.count("data:image/png") >= 3, "before, after, pairs"
+    assert {"000000.png", "000002.png"} <= {p.name for p in Path("mine/samples").iterdir()}
     assert last == f'try: arvis generate "cat" --model {Path("mine/model")}'
     assert "already holds a run" in refused("finetune", "pictures", "--run", "mine")
     run("finetune", "pictures", "--run", "mine", "--steps", "3", "--resume")
     assert "done at step 3 of 3" in capsys.readouterr().out
+    assert "the tokenizer is the bottleneck" in Path("mine/report.html").read_text(), "a resumed run keeps it"
     run(*shlex.split(last.removeprefix("try: arvis ")))
     about = read_metadata("out.png")
     assert about is not None and about["request"]["prompt"] == "cat"
+
+
+def test_finetune_adapters(capsys, pictures, refused):
+    run("finetune", "pictures", "--run", "mine", "--steps", "2", "--lora", "2", "--set", *FAST)
+    assert (
+        f"adapters of rank 2 are trained; they are kept in {Path('mine/lora.safetensors')}" in capsys.readouterr().out
+    )
+    for model in ("mine/lora.safetensors", "mine/model"):
+        run("generate", "cat", "--model", model, "-o", f"{Path(model).stem}.png")
+    assert read_image("lora.png").tobytes() == read_image("model.png").tobytes()
+    assert "rank of the adapters" in refused("finetune", "pictures", "--run", "x", "--lora", "-1")
+
+
+def test_finetune_the_decoder_then_the_generator(capsys, pictures):
+    run("finetune", "pictures", "--run", "tok", "--stage", "tokenizer", "--steps", "2", "--set", *FAST)
+    assert "psnr" in capsys.readouterr().out
+    run("finetune", "pictures", "--run", "gen", "--model", "tok/model", "--steps", "1", "--set", *FAST)
+    assert "done at step 1 of 1" in capsys.readouterr().out
 
 
 def test_finetune_without_captions_says_so(capsys):
@@ -249,9 +356,20 @@ def test_finetune_without_captions_says_so(capsys):
     assert "no captions and no class folders" in capsys.readouterr().out
 
 
-def test_finetune_of_classes_names_a_number(capsys, pictures):
+def test_finetune_measures_pictures_held_out(capsys):
+    Path("many/cat").mkdir(parents=True)
+    for i in range(41):
+        picture(seed=i).save(f"many/cat/{i}.png")
+    run("finetune", "many", "--steps", "2", "--set", *FAST)
+    told = r"loss: \d\.\d\d -> \d\.\d\d on pictures it learned from, \d\.\d\d -> \d\.\d\d on pictures held out"
+    assert re.search(told, capsys.readouterr().out)
+
+
+def test_finetune_of_classes_names_them(capsys, pictures):
     run("finetune", "pictures", "--model", "classes", "--steps", "1", "--set", *FAST)
-    assert "try: arvis generate 0 --model" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the model has the classes of the folder now, 2: 0 = cat, 1 = red_dog" in out
+    assert "try: arvis generate 0 --model" in out
 
 
 def test_finetune_tells_mistakes(refused, pictures, monkeypatch):
@@ -260,6 +378,10 @@ def test_finetune_tells_mistakes(refused, pictures, monkeypatch):
     assert "nowhere does not exist" in refused("finetune", "nowhere")
     assert "no model is called" in refused("finetune", "pictures", "--model", "nothing")
     assert "holds no run to resume" in refused("finetune", "pictures", "--resume")
+    assert "lies among the pictures" in refused("finetune", "pictures", "--run", "pictures/run")
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(b"nonsense")
+    assert "none of the 1 pictures could be read" in refused("finetune", "broken")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "for one process" in refused("finetune", "pictures")
 

@@ -100,11 +100,12 @@ def nucleus(logits: Tensor, p: float | Tensor) -> Tensor:
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF draw: probs [..., V] (any positive total), u [...] uniform in (0, 1) -> int64 [...].
 
-    One uniform per draw instead of V; a code of probability 0 is never drawn. Sums run in float64."""
+    One uniform per draw instead of V; a code of probability 0 is never drawn. Sums run in float64. Of NaN the last code
+    is drawn, so that the pictures of a diverged model are bad pictures and no error."""
     cdf = probs.double().cumsum(-1)
     total = cdf[..., -1:]
     x = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, x, right=True)[..., 0]
+    return torch.searchsorted(cdf, x, right=True)[..., 0].clamp_max(probs.shape[-1] - 1)
 
 
 def gumbel(u: Tensor) -> Tensor:

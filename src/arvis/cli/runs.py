@@ -106,6 +106,7 @@ def finetune(
     if lora is not None and lora < 0:
         raise ValueError(f"--lora is the rank of the adapters, 1 or more, or 0 for none, got {lora}")
     open_folder(folder, 1)  # what is wrong with it is told before a model is loaded
+    recipes.refuse_among(run, folder)
     request = recipes.resumed(run) if resume else None
     if request is None:
         loaded = arvis.load(model, device=device)
@@ -114,7 +115,7 @@ def finetune(
         pictures = open_folder(folder, max(loaded.size))
         shown = recipes.fidelity(loaded.system, pictures)
         shown.save(run / "tokenizer.png")
-        broken = f", {len(pictures.skipped)} of them unreadable" * bool(pictures.skipped)
+        broken = f", {len(pictures.skipped)} of them unreadable or missing" * bool(pictures.skipped)
         print(f"{len(pictures)} pictures{broken}; {shown.sentence}")
         print(f"originals and what the tokenizer makes of them: {run / 'tokenizer.png'}", flush=True)
         request = recipes.finetuning(loaded, pictures, folder, run, stage=stage, lora=lora)

@@ -12,7 +12,17 @@ stage, sampling and evaluation start from that folder.
 from arvis.recipes.benchmark import evaluate_emoji
 from arvis.recipes.classes import class_count, class_field, with_classes
 from arvis.recipes.finetune import GOOD, Fidelity, fidelity, finetuning, outcome
-from arvis.recipes.request import STAGES, Stage, TrainRequest, changed, refuse_existing, request_for, resumed, trainable
+from arvis.recipes.request import (
+    STAGES,
+    Stage,
+    TrainRequest,
+    changed,
+    refuse_among,
+    refuse_existing,
+    request_for,
+    resumed,
+    trainable,
+)
 from arvis.recipes.run import train
 from arvis.recipes.stages import GeneratorStage, TokenizerStage
 from arvis.recipes.whole import Plan, default_data, plan_for, planned, train_whole
@@ -36,6 +46,7 @@ __all__ = [
     "outcome",
     "plan_for",
     "planned",
+    "refuse_among",
     "refuse_existing",
     "request_for",
     "resumed",

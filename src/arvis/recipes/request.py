@@ -160,3 +160,9 @@ def refuse_existing(run: Path) -> None:
     """FileExistsError where a folder holds a run, which a new one would overwrite."""
     if folder.exists(run):
         raise FileExistsError(f"{run} already holds a run; go on with --resume, or choose another --run")
+
+
+def refuse_among(run: Path, data: Path) -> None:
+    """ValueError where a run folder lies in the folder of the pictures, which would be trained on its own samples."""
+    if data.is_dir() and run.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"the run folder {run} lies among the pictures in {data}; choose another --run")

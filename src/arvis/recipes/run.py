@@ -24,7 +24,7 @@ from arvis.data.views import Views, source_size
 from arvis.loading import picture_size, resolve_device
 from arvis.nn.lora import merge
 from arvis.recipes.classes import class_count, class_field
-from arvis.recipes.request import TrainRequest, refuse_existing
+from arvis.recipes.request import TrainRequest, refuse_among, refuse_existing
 from arvis.recipes.stages import GeneratorStage, TokenizerStage
 from arvis.training import checkpoint, distributed, metrics, report
 from arvis.training.fit import FitConfig, FitResult, fit
@@ -55,7 +55,7 @@ def train(
     if not request.resume:
         refuse_existing(request.run)
     slug, name, preset = systems.preset(request.name)
-    config, data, heldout = _opened(request)
+    config, data, heldout = opened(request)
     batches = Batches(data, BatchesConfig(batch=request.fit.batch, seed=request.fit.seed))
     device = resolve_device(request.device)
     ranks = distributed.init(device.type)
@@ -101,7 +101,7 @@ def train(
     return result
 
 
-def _opened(request: TrainRequest) -> tuple[Any, Dataset, Dataset | None]:
+def opened(request: TrainRequest) -> tuple[Any, Dataset, Dataset | None]:
     """The configuration, the pictures to learn from, and those held out where there are some; refuses what cannot be
     met."""
     config, slug = request.settled, systems.preset(request.name)[0]
@@ -116,10 +116,7 @@ def _opened(request: TrainRequest) -> tuple[Any, Dataset, Dataset | None]:
     if request.only and not any(f in n for f in request.only for n, _ in system.named_parameters()):
         raise ValueError(f"no parameter's name holds one of only={','.join(request.only)}")
     system.tokenizer.layout(size)  # refuses sizes that are no pictures of it
-    if Path(request.data).is_dir() and request.run.resolve().is_relative_to(Path(request.data).resolve()):
-        raise ValueError(
-            f"the run folder {request.run} lies among the pictures in {request.data}; choose another --run"
-        )
+    refuse_among(request.run, Path(request.data))
     larger = source_size(size, request.crops)
     data = Views(open_data(request.data, larger, request.fit.seed), size, request.crops, request.flip)
     if "class_labels" in system.conditions and (field := class_field(config)):

@@ -23,8 +23,16 @@ from arvis.data import open_data
 from arvis.data.latents import OnPicture
 from arvis.loading import picture_size, resolve_device
 from arvis.recipes.classes import class_count, class_field
-from arvis.recipes.request import STAGES, Stage, TrainRequest, changed, refuse_existing, request_for, resumed
-from arvis.recipes.run import train
+from arvis.recipes.request import (
+    STAGES,
+    Stage,
+    TrainRequest,
+    changed,
+    refuse_existing,
+    request_for,
+    resumed,
+)
+from arvis.recipes.run import opened, train
 from arvis.training import distributed, folder, report
 from arvis.training.checkpoint import write_text
 from arvis.training.fit import FitResult
@@ -117,8 +125,9 @@ def train_whole(
         refuse_existing(run)
         if planned(run) is not None:
             raise FileExistsError(f"{run} already holds a run; go on with --resume, or choose another --run")
-        for stage in STAGES:  # what is wrong with the settings is told before anything is written
-            _ = plan.request(stage, run).settled
+        requests = [plan.request(stage, run) for stage in STAGES]
+        for request in requests:  # what is wrong with settings and data is told before anything is written
+            _ = opened(request)[1][0]
         if ranks.first:
             _write(plan, run)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
