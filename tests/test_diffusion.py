@@ -42,8 +42,9 @@ def test_steps_that_are_kept() -> None:
     assert sections(10, (2, 3)) == (0, 4, 5, 7, 9)
     assert sections(11, (1, 5)) == (0, 6, 7, 8, 9, 10)
     assert strided(1000, 8) == tuple(range(0, 1000, 125))
-    with pytest.raises(ValueError, match="no equal whole distance that keeps exactly 7"):
-        strided(10, 7)
+    assert strided(10, 7) == (0, 2, 4, 6, 8) and strided(4, 100) == (0, 1, 2, 3) and strided(9, 1) == (0,)
+    with pytest.raises(ValueError, match="at least one step is kept, got 0"):
+        strided(10, 0)
     with pytest.raises(ValueError, match="between 1 and 5 can be kept, got 6"):
         sections(10, (6, 2))
 

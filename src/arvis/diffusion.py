@@ -59,11 +59,14 @@ def sections(steps: int, counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def strided(steps: int, count: int) -> tuple[int, ...]:
-    """`count` steps from 0 on at the smallest equal whole distance that gives so many (arXiv 2010.02502)."""
-    stride = next((d for d in range(1, steps + 1) if len(range(0, steps, d)) == count), None)
-    if stride is None:
-        raise ValueError(f"{steps} steps have no equal whole distance that keeps exactly {count} of them")
-    return tuple(range(0, steps, stride))
+    """Steps from 0 on at the smallest equal whole distance that gives at most `count` of them (arXiv 2010.02502).
+
+    The last step is not among them: there hardly anything is left of x_0, so that what a network says of it is
+    multiplied by a very large number, which only networks trained for long survive.
+    """
+    if count < 1:
+        raise ValueError(f"at least one step is kept, got {count}")
+    return tuple(range(0, steps, -(-steps // count)))
 
 
 class Diffusion:

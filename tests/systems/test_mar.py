@@ -97,8 +97,14 @@ def test_settings_without_steps_are_refused() -> None:
 
 @torch.no_grad()
 def test_the_number_of_denoising_steps_is_a_setting() -> None:
-    for steps, times in ((2, (0, 4)), (100, (0, 1, 2, 3, 4))):
-        s = SYSTEM.start(COND, MARSampling(diffusion_steps=steps), Noise.of(0, 3))
+    whole = (0, 1, 2, 3, 4)
+    for steps, spacing, times in (
+        (2, "even", (0, 4)),
+        (100, "even", whole),
+        (3, "strided", (0, 2, 4)),
+        (2, "strided", (0, 3)),
+    ):
+        s = SYSTEM.start(COND, MARSampling(diffusion_steps=steps, spacing=spacing), Noise.of(0, 3))
         assert s.key == times
         d, told = SYSTEM.predict(s), []
         field = d.field

@@ -138,6 +138,18 @@ def test_the_measurement_follows_an_encoder_that_changes() -> None:
     assert tokens.mean((0, 1)).abs().max() < 0.1 and (tokens.std((0, 1)) - 1).abs().max() < 0.1
 
 
+def test_tokens_of_a_frozen_encoder_keep_their_meaning() -> None:
+    tokenizer, f = standardized(), moments(-1.0, 0.5, 0.1, 3)
+    before = tokenizer.sampled(f, None)
+    for part in (tokenizer.encoder, tokenizer.quant_conv):
+        part.requires_grad_(False)
+    tokenizer.tend_(f, torch.empty(0), tokenizer.layout(), Noise.of(0, 64), 0, None)
+    assert torch.equal(tokenizer.sampled(f, None), before)
+    tokenizer.requires_grad_(True)
+    tokenizer.tend_(f, torch.empty(0), tokenizer.layout(), Noise.of(0, 64), 0, None)
+    assert not torch.equal(tokenizer.sampled(f, None), before)
+
+
 def test_a_constant_scale_stays_what_it_is() -> None:
     tokenizer, f = small(), moments(2.0, 3.0, 0.5, 0)
     before = tokenizer.sampled(f, None)

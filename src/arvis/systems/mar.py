@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from arvis.denoise import ddpm
-from arvis.diffusion import Diffusion, Kind, betas, even
+from arvis.diffusion import Diffusion, Kind, betas, even, strided
 from arvis.dist import Dist, Solved, pinned
 from arvis.nn.mae import MaskedDecoder, MaskedEncoder
 from arvis.nn.mlp_denoiser import MLPDenoiser
@@ -34,20 +34,25 @@ from arvis.tokenizers.patch import PatchConfig
 from arvis.tokens import NEVER, Layout, Pin, Space, at
 from arvis.weights import SAME_NAMES, Fuse, Key
 
+SPACINGS = {"even": even, "strided": strided}
+"""Which steps of the diffusion a solve visits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MARSampling:
     """Official sampling settings; cfg_scale and temperature may be one number or one per item.
 
     `num_iter` steps draw all tokens (at most one step per token), and each token takes `diffusion_steps` (at most all)
-    of the denoiser. With cfg_schedule "linear" the guidance grows with the share of tokens that are drawn. The
-    temperature scales the noise of the denoising steps; without guidance the authors use 0.95.
+    of the denoiser: with spacing "even" the noisiest one among them, as is official; "strided" leaves it out, which
+    networks that were trained briefly need. With cfg_schedule "linear" the guidance grows with the share of tokens that
+    are drawn. The temperature scales the noise of the denoising steps; without guidance the authors use 0.95.
     """
 
     cfg_scale: float = 2.9
     cfg_schedule: Literal["linear", "constant"] = "linear"
     num_iter: int = 256
     diffusion_steps: int = 100
+    spacing: Literal["even", "strided"] = "even"
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -252,7 +257,7 @@ class MAR(nn.Module):
             knobs={"temperature": per_item(sampling.temperature, items)},
             given=given,
             more={"buffer": torch.stack(rows, 1)},
-            key=even(len(self.diffusion), sampling.diffusion_steps),
+            key=SPACINGS[sampling.spacing](len(self.diffusion), sampling.diffusion_steps),
         )
         if given is not None:
             s.k = s.k + s.given_groups()
@@ -440,7 +445,7 @@ def preset(width: int, depth: int, heads: int, denoiser_depth: int, denoiser_wid
 
 def mar_emoji_64() -> MARConfig:
     """64x64 pixels, 8x8 tokens of 16 channels, prompts."""
-    text = TextConfig()
+    text = TextConfig(words=15)
     return MARConfig(
         tokenizer=KLConfig(z_channels=16, grid=(8, 8), scale=None, patch=PatchConfig(z_channels=16, double_z=True)),
         width=192,
@@ -452,6 +457,7 @@ def mar_emoji_64() -> MARConfig:
         denoiser_depth=3,
         attn_dropout=0.0,
         proj_dropout=0.0,
+        diffusion_batch_mul=2,
     )
 
 

@@ -94,7 +94,7 @@ class Standardized(nn.Module):
     mean: Tensor
     square: Tensor
 
-    def __init__(self, channels: int, window: int = 100) -> None:
+    def __init__(self, channels: int, window: int = 20) -> None:
         super().__init__()
         self.window = window
         self.register_buffer("mean", torch.zeros(channels))
@@ -218,8 +218,12 @@ class KLAutoencoder(nn.Module):
         self.normal.record_(self.posterior(f), 0)
 
     def tend_(self, f: Tensor, tokens: Tensor, layout: Layout, noise: Source, updates: int, below: float | None) -> int:
-        """Measure the latents of a batch. There is no codebook, so nothing is revived."""
-        self.normal.record_(self.posterior(f), updates)
+        """Measure the latents of a batch, unless the encoder is frozen: then tokens keep their meaning.
+
+        There is no codebook, so nothing is revived.
+        """
+        if any(p.requires_grad for part in (self.encoder, self.quant_conv) for p in part.parameters()):
+            self.normal.record_(self.posterior(f), updates)
         return 0
 
     def metrics(self) -> dict[str, Tensor]:
