@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arvis.nn.text import TextConfig, TextEncoder, word_ids
+from arvis.nn.request import class_labels, labels_where, prompts
+from arvis.nn.text import TextConfig, TextEncoder
 
 
 class Prefix(NamedTuple):
@@ -44,18 +45,10 @@ class ClassPrefix(nn.Module):
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]:
-        labels, last = request.get("class_labels"), self.num_classes
-        if labels is None:
-            raise ValueError(f"class_labels are needed: integers 0..{last} ({last} = no class)")
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=self.embedding.weight.device).reshape(-1)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= last:
-            raise ValueError(f"class_labels lie in 0..{last}, got {int(labels.min())}..{int(labels.max())}")
-        return {"class_labels": labels}
+        return class_labels(request, self.num_classes, self.embedding.weight.device)
 
     def forward(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> Prefix:
-        labels = torch.full_like(null_B, self.num_classes, dtype=torch.int64)
-        if cond is not None:
-            labels = torch.where(null_B, labels, cond["class_labels"])
+        labels = labels_where(cond, null_B, self.num_classes)
         return Prefix(self.embedding(labels)[:, None])
 
 
@@ -82,10 +75,7 @@ class FeaturePrefix(nn.Module):
     def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]:
         features, visible = request.get("text_features"), request.get("text_visible")
         if features is None:
-            prompt = request.get("prompt")
-            if prompt is None:
-                raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
-            features, visible = self.encode([prompt] if isinstance(prompt, str) else list(prompt), self.null.device)
+            features, visible = self.encode(prompts(request), self.null.device)
         features = torch.as_tensor(features).to(self.null)
         if features.dim() != 3 or features.shape[2] != self.channels or features.shape[1] > self.length:
             raise ValueError(
@@ -124,15 +114,7 @@ class WordPrefix(nn.Module):
         self.project = nn.Linear(config.width, width, bias=False)
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]:
-        prompt = request.get("prompt")
-        if prompt is None:
-            raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return {"text": word_ids(prompts, self.config).to(self.encoder.summary.device)}
+        return self.encoder.prepare(request)
 
     def forward(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> Prefix:
-        shape = (len(null_B), self.config.words, self.config.pieces)
-        ids = torch.zeros(shape, dtype=torch.int64, device=null_B.device)
-        if cond is not None:
-            ids = cond["text"].masked_fill(null_B[:, None, None], 0)
-        return Prefix(self.project(self.encoder(ids)[0]))
+        return Prefix(self.project(self.encoder.read(cond, null_B)[0]))

@@ -10,11 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from arvis.nn.request import prompts
 from arvis.nn.trunk import Call, Trunk
 from arvis.nn.vit import ViTBlock
 
@@ -52,6 +54,8 @@ def word_ids(prompts: Sequence[str], config: TextConfig) -> Tensor:
 class TextEncoder(nn.Module):
     """Bucket ids [B, T, M] -> (rows [B, 1 + T, D], visible [B, 1 + T]); row 0 summarises, also of an empty prompt."""
 
+    conditions = ("prompt",)
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
@@ -66,6 +70,17 @@ class TextEncoder(nn.Module):
         """Words of unit size, so that they are told apart from the first step on."""
         nn.init.normal_(self.piece.weight, std=0.3)
         nn.init.normal_(self.position, std=0.02)
+
+    def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]:
+        """The prompts of a request as "text" [B, T, M]."""
+        return {"text": word_ids(prompts(request), self.config).to(self.summary.device)}
+
+    def read(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of conditions and which are visible; "no prompt" (`null_B`, or no conditions) is the empty prompt."""
+        if cond is not None:
+            return self(cond["text"].masked_fill(null_B[:, None, None], 0))
+        shape = (len(null_B), self.config.words, self.config.pieces)
+        return self(torch.zeros(shape, dtype=torch.int64, device=null_B.device))
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         words = self.piece(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])

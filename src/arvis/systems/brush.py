@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from arvis.nn.scales import Condition
-from arvis.nn.text import TextConfig, TextEncoder, word_ids
+from arvis.nn.text import TextConfig, TextEncoder
 from arvis.published import Preset
 from arvis.state import Cond
 from arvis.systems.var import VAR, VARConfig, assemble
@@ -43,16 +42,10 @@ class TextConditioner(nn.Module):
         self.vector = nn.Linear(config.width, width)
 
     def prepare(self, request: dict[str, Any]) -> Cond:
-        prompt = request.get("prompt")
-        if prompt is None:
-            raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return {"text": word_ids(prompts, self.config).to(self.start.weight.device)}
+        return self.encoder.prepare(request)
 
     def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
-        empty = torch.zeros(len(null_B), self.config.words, self.config.pieces, dtype=torch.int64, device=null_B.device)
-        ids = empty if cond is None else cond["text"].masked_fill(null_B[:, None, None], 0)
-        rows, visible = self.encoder(ids)
+        rows, visible = self.encoder.read(cond, null_B)
         return Condition(self.start(rows[:, 0]), self.vector(rows[:, 0]), (rows, visible))
 
 

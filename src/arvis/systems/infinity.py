@@ -37,7 +37,7 @@ from arvis.nn.pool import AttentivePool
 from arvis.nn.rotary_scales import RotaryScaleTransformer, Style, Tap
 from arvis.nn.scales import Condition, stacked, unstacked
 from arvis.nn.t5 import t5_features
-from arvis.nn.text import TextConfig, TextEncoder, word_ids
+from arvis.nn.text import TextConfig, TextEncoder
 from arvis.nn.wide import unrounded
 from arvis.noise import Source
 from arvis.orders import by_level
@@ -247,16 +247,10 @@ class WordConditioner(nn.Module):
         self.path = TextPath(config.width, width, pool_heads, eps)
 
     def prepare(self, request: dict[str, Any]) -> Cond:
-        prompt = request.get("prompt")
-        if prompt is None:
-            raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return {"text": word_ids(prompts, self.config).to(self.path.norm.weight.device)}
+        return self.encoder.prepare(request)
 
     def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
-        empty = torch.zeros(len(null_B), self.config.words, self.config.pieces, dtype=torch.int64, device=null_B.device)
-        ids = empty if cond is None else cond["text"].masked_fill(null_B[:, None, None], 0)
-        return self.path(*self.encoder(ids))
+        return self.path(*self.encoder.read(cond, null_B))
 
 
 # -- heads --------------------------------------------------------------------------------------------------------

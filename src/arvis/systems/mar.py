@@ -21,7 +21,8 @@ from arvis.diffusion import Diffusion, Kind, betas, even, strided
 from arvis.dist import Dist, Solved, pinned
 from arvis.nn.mae import MaskedDecoder, MaskedEncoder
 from arvis.nn.mlp_denoiser import MLPDenoiser
-from arvis.nn.text import TextConfig, TextEncoder, word_ids
+from arvis.nn.request import class_labels, labels_where
+from arvis.nn.text import TextConfig, TextEncoder
 from arvis.nn.vit import ViTBlock
 from arvis.noise import Source
 from arvis.orders import cosine_counts, random_sets, sets_around
@@ -122,18 +123,10 @@ class ClassWriter(nn.Module):
         self.null = nn.Parameter(0.02 * torch.randn(1, width))
 
     def prepare(self, request: dict[str, Any]) -> Cond:
-        labels = request.get("class_labels")
-        if labels is None:
-            raise ValueError(f"class_labels are needed: integers 0..{self.num_classes} ({self.num_classes} = no class)")
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=self.null.device).reshape(-1)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
-            raise ValueError(f"class_labels lie in 0..{self.num_classes}, got {int(labels.min())}..{int(labels.max())}")
-        return {"class_labels": labels}
+        return class_labels(request, self.num_classes, self.null.device)
 
     def forward(self, cond: Cond | None, null_B: Tensor) -> Tensor:
-        labels = torch.full_like(null_B, self.num_classes, dtype=torch.int64)
-        if cond is not None:
-            labels = torch.where(null_B, labels, cond["class_labels"])
+        labels = labels_where(cond, null_B, self.num_classes)
         known = self.embedding(labels.clamp(max=self.num_classes - 1))
         return torch.where((labels == self.num_classes)[:, None], self.null, known)[:, None]
 
@@ -150,16 +143,10 @@ class TextWriter(nn.Module):
         self.project = nn.Linear(config.width, width)
 
     def prepare(self, request: dict[str, Any]) -> Cond:
-        prompt = request.get("prompt")
-        if prompt is None:
-            raise ValueError('a prompt is needed, such as "a red apple"; "" paints without one')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return {"text": word_ids(prompts, self.config).to(self.project.weight.device)}
+        return self.encoder.prepare(request)
 
     def forward(self, cond: Cond | None, null_B: Tensor) -> Tensor:
-        empty = torch.zeros(len(null_B), self.config.words, self.config.pieces, dtype=torch.int64, device=null_B.device)
-        ids = empty if cond is None else cond["text"].masked_fill(null_B[:, None, None], 0)
-        rows, visible = self.encoder(ids)
+        rows, visible = self.encoder.read(cond, null_B)
         return self.project(rows * visible[..., None])
 
 

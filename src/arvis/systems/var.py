@@ -29,6 +29,7 @@ from arvis.nn.adaln import (
     Temperature,
 )
 from arvis.nn.cache import Cache
+from arvis.nn.request import class_labels, labels_where
 from arvis.nn.scales import Condition, Conditioner, ScaleTransformer, stacked, unstacked
 from arvis.noise import Source
 from arvis.orders import by_level
@@ -90,19 +91,11 @@ class ClassConditioner(nn.Module):
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def prepare(self, request: dict[str, Any]) -> Cond:
-        labels = request.get("class_labels")
-        if labels is None:
-            raise ValueError(f"class_labels are needed: integers 0..{self.num_classes} ({self.num_classes} = no class)")
-        labels = torch.as_tensor(labels, dtype=torch.int64, device=self.embedding.weight.device).reshape(-1)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
-            raise ValueError(f"class_labels lie in 0..{self.num_classes}, got {int(labels.min())}..{int(labels.max())}")
-        return {"class_labels": labels}
+        return class_labels(request, self.num_classes, self.embedding.weight.device)
 
     def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
         """Rows of the classes, those with `null_B` True as "no class"."""
-        labels = torch.full_like(null_B, self.num_classes, dtype=torch.int64)
-        if cond is not None:
-            labels = torch.where(null_B, labels, cond["class_labels"])
+        labels = labels_where(cond, null_B, self.num_classes)
         row = self.embedding(labels)
         return Condition(row, row)
 
