@@ -452,7 +452,7 @@ _REPO = "jadechoghari/mar"
 _TOKENIZER = File(
     repo=_REPO,
     name="kl16.safetensors",
-    inside="model",
+    inside="model|",
     sha256="ae6e66b66cce64248cace5aa6cf8bdb3e834947801cbf7e059028592e2b1de31",
 )
 
