@@ -137,6 +137,19 @@ def test_spherical_terms_add_up():
     assert torch.allclose(losses["vq"], 0.2 / 100 * entropy + 0.3 * losses["commit"])
 
 
+def test_spherical_entropies_are_those_of_the_softmax_over_all_codes():
+    """Fails for logits without 1 / sqrt(d), which the length of the codes brings."""
+    torch.manual_seed(0)
+    z, tau = torch.randn(100, 6, dtype=torch.float64), 3.0
+    u, codes = z / z.norm(dim=1, keepdim=True), (bit_table(6).double() * 2 - 1) * 6**-0.5
+    p = (2 * tau * u @ codes.T).softmax(1)
+    losses = BSQ(BSQConfig(bits=6, inverse_temperature=tau))(z).losses
+    assert torch.allclose(losses["entropy_sample"], torch.special.entr(p).sum(1).mean())
+    plus = p @ bit_table(6).double()  # the probability of each bit
+    each = torch.special.entr(torch.stack((plus.mean(0), 1 - plus.mean(0)))).sum()
+    assert torch.allclose(losses["entropy_batch"], each) and each >= torch.special.entr(p.mean(0)).sum()
+
+
 def test_distance_entropies():
     """Fails for the distance instead of its square, a temperature that multiplies, or base-two logarithms."""
     table = torch.eye(4)
