@@ -69,6 +69,7 @@ def from_folder(
         return with_adapters(by_name(read_adapters(where).base, device, **options), where)
     hub = None
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not where.exists():
+        refuse_official_repository(str(path))
         hub = Hub(cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         try:
             where = hub.fetch(hub.find(str(path), "config.json", revision)).parent
@@ -150,12 +151,24 @@ def published(
     if not preset.files:
         raise WeightsError(f"no weights of {name} are published: train it (arvis train {name}) and load its folder")
     place, module, config = resolve_device(device), systems.system(slug), preset.config()
-    found = locate(slug, name, preset, config, empty(slug, config), module.keys(config), hub, weights)
+    system = empty(slug, config)
+    if not anyway:
+        affordable(name, system, place)
+    found = locate(slug, name, preset, config, system, module.keys(config), hub, weights)
     for line in found.lines(place):
         _log.info("%s", line)
     if not anyway:
-        found.refuse(place)
+        room_on_disk(name, found.remotes, hub)
     return found
+
+
+def refuse_official_repository(name: str) -> None:
+    """WeightsError with the names of the models whose official files a hub repository holds; there are several in one,
+    and none of them says which."""
+    presets = {n: p for slug in systems.SYSTEMS for n, p in getattr(systems.system(slug), "PRESETS", {}).items()}
+    names = [n for n, preset in presets.items() if any(file.repo == name for file in preset.files.values())]
+    if names:
+        raise WeightsError(f"{name} holds the official files of {', '.join(names)}: load one of these by its name")
 
 
 def with_adapters(model: Loaded, path: str | Path) -> Loaded:

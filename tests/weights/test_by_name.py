@@ -128,6 +128,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_downloaded(hub, var, monk
     monkeypatch.setattr(memory, "free_memory", lambda device="cpu": 1000)
     with pytest.raises(WeightsError, match=r"var-d16 takes [\d.]+ MB of memory and 1 kB are free: .*anyway=True"):
         arvis.load("var-d16")
+    assert not hub.asked
+    monkeypatch.setattr(memory, "free_memory", lambda device="cpu": None)
     monkeypatch.setattr(official, "free_disk", lambda folder: 2000)
     with pytest.raises(WeightsError, match=r"MB of var-d16 are to be downloaded and 2 kB are free in .*HF_HOME"):
         arvis.load("var-d16")
@@ -140,7 +142,15 @@ def test_a_part_without_a_network_names_the_way_around(hub, var):
         arvis.load("var-d16", local_files_only=True)
     text = str(error.value)
     assert text.startswith("vae_ch160v4096z32.pth of FoundationVision/var is not in the cache")
-    assert 'weights={"tokenizer": FILE}, or arvis convert var-d16 FOLDER --weights tokenizer=FILE' in text
+    assert text.endswith('arvis convert var-d16 FOLDER --weights tokenizer=FILE, in Python weights={"tokenizer": FILE}')
+
+
+def test_an_official_repository_has_models_by_name(hub):
+    with pytest.raises(
+        WeightsError, match=r"FoundationVision/var holds the official files of var-d16, .*var-d36: load"
+    ):
+        arvis.load("FoundationVision/var")
+    assert not hub.asked
 
 
 def test_files_on_disk(hub, var, tmp_path):

@@ -57,7 +57,7 @@ def info(name: Positional[str], /) -> None:
         name: A preset, such as var-d16, or a folder of a trained model.
     """
     from arvis.config import from_dict
-    from arvis.loading import empty
+    from arvis.loading import empty, refuse_official_repository
     from arvis.weights import read_header, takes
 
     preset, stored, sampling = None, None, {}
@@ -67,6 +67,7 @@ def info(name: Positional[str], /) -> None:
         config, stored = from_dict(systems.system(slug).CONFIG, header.config), header.source
         sampling, licence = stored.get("sampling") or {}, stored.get("licence") or "unknown"
     else:
+        refuse_official_repository(name)
         slug, full, preset = systems.preset(name)
         config, sampling, licence = preset.config(), preset.sampling, preset.licence or "no published weights"
     system = empty(slug, config)

@@ -94,5 +94,5 @@ def affordable(name: str, module: nn.Module, device: torch.device | str = "cpu")
         where = "memory" if torch.device(device).type == "cpu" else f"the memory of {device}"
         raise WeightsError(
             f"{name} takes {told(needed)} of {where} and {told(free)} are free: close what else uses it, or take a "
-            "smaller model (arvis systems) or another device; anyway=True tries it"
+            "smaller model (arvis systems) or another device; anyway=True (arvis convert --anyway) tries it"
         )

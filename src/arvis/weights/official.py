@@ -13,7 +13,7 @@ from arvis.published import File, Preset
 from arvis.weights.files import read
 from arvis.weights.hub import Hub, Remote, checksum
 from arvis.weights.keys import Key, WeightsError, load_official
-from arvis.weights.memory import affordable, free_disk, takes, told
+from arvis.weights.memory import free_disk, takes, told
 
 Place = Path | tuple[Remote, ...]
 """A file or folder on this machine, or files on the hub (a folder's index and shards)."""
@@ -52,11 +52,6 @@ class Official:
     @property
     def remotes(self) -> tuple[Remote, ...]:
         return tuple(r for place in self.places.values() if not isinstance(place, Path) for r in place)
-
-    def refuse(self, device: torch.device | str = "cpu") -> None:
-        """WeightsError, with numbers and what to do, where they cannot fit on the disk or in memory."""
-        room_on_disk(self.name, self.remotes, self.hub)
-        affordable(self.name, self.system, device)
 
     def fetch(self) -> dict[str, Path]:
         """The files of all parts, downloaded where they are not here yet. Raises WeightsError."""
@@ -201,8 +196,8 @@ def _in(path: Path, file: File) -> Path:
 def by_hand(error: WeightsError, name: str, part: str) -> WeightsError:
     """An error of the hub, with the way around it."""
     return WeightsError(
-        f'{error}; a file on disk does as well: weights={{"{part}": FILE}}, or arvis convert {name} FOLDER --weights '
-        f"{part}=FILE"
+        f"{error}; or give the file on disk: arvis convert {name} FOLDER --weights {part}=FILE, in Python "
+        f'weights={{"{part}": FILE}}'
     )
 
 
