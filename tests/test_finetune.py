@@ -137,6 +137,17 @@ def test_a_run_with_adapters_resumes(folder, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute:UserWarning")
+def test_compiled_adapters_learn_the_same(folder, tmp_path):
+    """Layers that are called, and fused projections whose weight is read; a system without dropout."""
+    for compile_ in (False, True):
+        asked = request(small("brush"), folder, tmp_path / str(compile_), lora=2)
+        recipes.train(replace(asked, fit=replace(asked.fit, compile=compile_, lr=1e-3, log_every=1)))
+    rows = [[(r["loss"], r["grad_norm"]) for r in metrics.read(tmp_path / name)] for name in ("False", "True")]
+    assert len(rows[0]) == 2 and rows[1] == [pytest.approx(row, rel=1e-3) for row in rows[0]]
+
+
 def test_large_models_are_adapted_if_nothing_is_said(folder, tmp_path, monkeypatch):
     from arvis.recipes import finetune
 

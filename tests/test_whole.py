@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -188,6 +189,30 @@ def test_killed_for_good_in_both_stages(plan, tmp_path):
     threads = torch.get_num_threads()
     close = torch.equal if threads == 1 else lambda a, b: torch.allclose(a, b, atol=1e-4)
     assert all(close(t, expected[n]) for n, t in weights(run).items())
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_model_of_one(plan, alone, tmp_path):
+    """As torchrun starts them: pictures are encoded by both, and the weights are those of one process."""
+    run, text = tmp_path / "run", SCRIPT.replace('steps=60, set=("fit.save_every=7",)', "")
+    text = text.format(tests=str(Path(__file__).parent), run=str(run), data=plan().data)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= {**os.environ, "PYTHONPATH": str(Path(arvis.__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", text],
+            env={**shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]
+    told = [process.communicate(timeout=300)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
+    assert all(torch.allclose(t.float(), alone[n].float(), atol=1e-4) for n, t in weights(run).items())
 
 
 def test_time_is_shared_and_both_schedules_end(plan, tmp_path):

@@ -63,6 +63,11 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
         assert _distance(fifth, _weights(tmp_path / run, 5)) < 1e-6
     worker.train(tmp_path / "third", 5, resume=True, dropout=0.0)  # two ranks' shards continued by one process
     assert _distance(fifth, _weights(tmp_path / "third", 5)) < 1e-6
+    worker.train(tmp_path / "lora", 3, dropout=0.0, rank=2)
+    adapters = _weights(tmp_path / "lora", 3)
+    assert any("down" in name for name in adapters)
+    for shard in (False, True):
+        assert _distance(adapters, _weights(tmp_path / f"lora-{shard}", 3)) < 1e-6
     for run in ("ddp", "fsdp"):
         files = sorted((tmp_path / run / "samples").iterdir())
         assert [file.name for file in files] == ["step-00000002.txt", "step-00000004.txt"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arvis.nn.lora import LoraConfig, adapt
 from arvis.noise import Noise
 from arvis.training import distributed
 from arvis.training.fit import FitConfig, FitResult, fit
@@ -73,12 +74,17 @@ def toy(dropout: float = 0.1) -> Toy:
     return Toy(dropout)
 
 
-def train(run: Path, steps: int, resume: bool = False, shard: bool = False, dropout: float = 0.1) -> FitResult:
-    """Train the toy, on one thread."""
+def train(
+    run: Path, steps: int, resume: bool = False, shard: bool = False, dropout: float = 0.1, rank: int = 0
+) -> FitResult:
+    """Train the toy, on one thread; with `rank` its layers are frozen and adapters are trained."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         module = toy(dropout)
+        if rank:
+            adapt(module, LoraConfig(rank=rank), [module.layers])
+            module.critic.requires_grad_(True)
 
         def sample(step: int, folder: Path) -> None:
             values = module.layers(torch.linspace(-1, 1, 6)) * module.scale
@@ -92,7 +98,8 @@ def train(run: Path, steps: int, resume: bool = False, shard: bool = False, drop
 
 
 def together(folder: Path) -> None:
-    """What every rank of two does: three updates by DDP; by FSDP2, resumed to five; FSDP2 from an unsharded start."""
+    """What every rank of two does: three updates by DDP; by FSDP2, resumed to five; FSDP2 from an unsharded start;
+    adapters by both."""
     train(folder / "ddp", 3, dropout=0.0)
     train(folder / "fsdp", 3, shard=True, dropout=0.0)
     if distributed.init().first:
@@ -100,6 +107,8 @@ def together(folder: Path) -> None:
     distributed.init().barrier()
     train(folder / "fsdp", 5, resume=True, shard=True, dropout=0.0)
     train(folder / "ddp", 5, resume=True, shard=True, dropout=0.0)
+    for shard in (False, True):
+        train(folder / f"lora-{shard}", 3, shard=shard, dropout=0.0, rank=2)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,9 @@ def wrap(module: nn.Module, loss: Wrapped, ranks: Ranks, shard: bool, blocks: Bl
     objective = Objective(module, loss)
     if not shard:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(objective, device_ids=ids)
+        # parts may have no say in a loss: an upsampler of a scale that is not there, a critic before its start
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        return nn.parallel.DistributedDataParallel(objective, device_ids=ids, find_unused_parameters=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -34,7 +34,7 @@ p.sub { color: var(--dim); margin: 0 0 20px; }
   display: block; margin: 0 auto 6px; image-rendering: pixelated; }
 svg { width: 100%; display: block; } svg text { font-size: 11px; fill: var(--dim); } .grid { stroke: var(--line); }
 .raw, .smooth { fill: none; stroke: var(--hue); stroke-linejoin: round; } .raw { opacity: .3; }
-.smooth { stroke-width: 2; } .second { fill: none; stroke: var(--ink); stroke-dasharray: 5 4; } .dot { fill: var(--hue); }
+.smooth { stroke-width: 2; } .second { fill: none; stroke: var(--ink); stroke-dasharray: 5; } .dot { fill: var(--hue); }
 .log { display: none; } #log:checked ~ .curves .both .lin { display: none; }
 #log:checked ~ .curves .both .log { display: block; }
 table { border-collapse: collapse; font-size: 14px; }
