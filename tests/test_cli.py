@@ -365,11 +365,16 @@ def test_finetune_measures_pictures_held_out(capsys):
     assert re.search(told, capsys.readouterr().out)
 
 
-def test_finetune_of_classes_names_them(capsys, pictures):
+def test_finetune_of_classes_names_them(capsys, pictures, refused):
     run("finetune", "pictures", "--model", "classes", "--steps", "1", "--set", *FAST)
     out = capsys.readouterr().out
     assert "the model has the classes of the folder now, 2: 0 = cat, 1 = red_dog" in out
-    assert "try: arvis generate 0 --model" in out
+    assert f'try: arvis generate "cat" --model {Path("runs/finetune/model")}' in out
+    for what in ("red_dog", "1"):
+        run("generate", what, "--model", "runs/finetune/model", "-o", f"{what}.png")
+    assert read_image("red_dog.png").tobytes() == read_image("1.png").tobytes()
+    told = refused("generate", "bird", "--model", "runs/finetune/model")
+    assert "give a class number instead of 'bird', or one of cat, red_dog" in told
 
 
 def test_finetune_tells_mistakes(refused, pictures, monkeypatch):

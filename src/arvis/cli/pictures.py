@@ -29,10 +29,10 @@ def generate(
     device: str = "auto",
     set: Set = (),
 ) -> None:
-    """Paint pictures of a prompt (or of a class, where the model has classes: give its number).
+    """Paint pictures of a prompt (or of a class, where the model has classes: give its number or name).
 
     Args:
-        prompt: What to paint, such as "a red apple"; a class number for class-conditional models.
+        prompt: What to paint, such as "a red apple"; a class, by number or name, for class-conditional models.
         model: A model by name or folder; `arvis systems` lists the names.
         n: How many pictures.
         out: Where to write; several pictures become one grid.
@@ -56,7 +56,7 @@ def generate(
     settings = _settings(set, loaded)
     what: dict[str, Any] = {"prompt": prompt}
     if "class_labels" in loaded.system.conditions:
-        what = {"class_labels": _number(prompt, loaded.name)}
+        what = {"class_labels": _number(prompt, loaded.name, loaded.source.get("classes", ()))}
     ready = time.perf_counter()
     request = {"model": loaded.name, **what, "n": n, "seed": seed, "settings": to_dict(loaded.sampling(settings))}
     request |= {name: str(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
@@ -158,8 +158,11 @@ def _box(text: str) -> tuple[float, float, float, float] | None:
     return y0, x0, y1, x1
 
 
-def _number(text: str, name: str) -> int:
+def _number(text: str, name: str, classes: Sequence[str]) -> int:
+    if text in classes:
+        return classes.index(text)
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name} paints classes: give a class number instead of {text!r}") from None
+        known = f", or one of {', '.join(classes[:12])}" if classes else ""
+        raise ValueError(f"{name} paints classes: give a class number instead of {text!r}{known}") from None

@@ -269,7 +269,6 @@ def _example(pictures: Any, folder: Path, request: Any) -> str:
     slug, _, _ = systems.preset(request.name)
     with torch.device("meta"):
         system = systems.system(slug).build(request.config)
-    item = pictures[0]
-    return (
-        str(item["label"]) if "class_labels" in system.conditions else json.dumps(item["caption"], ensure_ascii=False)
-    )
+    item, names = pictures[0], pictures.classes
+    said = item["caption"] if "prompt" in system.conditions else names[item["label"]] if names else str(item["label"])
+    return json.dumps(said, ensure_ascii=False)
