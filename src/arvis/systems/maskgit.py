@@ -366,7 +366,7 @@ PRESETS = {
         sampling={"cfg_scale": 2.0, "choice_temperature": 3.0},
         training={
             "tokenizer": {"steps": 2000, "batch": 64, "lr": 1e-3, **_SCHEDULE, "clip": 1.0, "weight_decay": 0.01},
-            "generator": {"steps": 2500, "batch": 64, "lr": 1e-3, **_SCHEDULE},
+            "generator": {"steps": 2500, "batch": 64, "lr": 3e-3, **_SCHEDULE, "muon": ("trunk",)},
         },
     ),
 }
