@@ -116,6 +116,14 @@ def test_kmeans_centres_are_means_and_the_error_falls():
     assert torch.allclose(sphere.norm(dim=1), torch.ones(12))
 
 
+def test_a_centre_without_vectors_stays():
+    """Fails where the mean of nothing moves it to the origin."""
+    points = torch.tensor([[5.0, 5], [6, 5], [5, 7]])
+    centres, counts = kmeans(points.repeat(20, 1), 9, NOISE)
+    assert (torch.cdist(centres, points) == 0).any(1).all()
+    assert counts.sum() == 60 and (counts == 0).sum() == 6
+
+
 def test_kmeans_tokens_find_blobs_and_have_no_gradient():
     means = torch.tensor([[5.0, 0], [-5, 0], [0, 5]])
     quantizer = KMeans(KMeansConfig(size=3, width=2))
