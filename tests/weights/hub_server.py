@@ -7,6 +7,8 @@ small files come from the hub itself and are told by their git hash.
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ class LocalHub:
     `pinned` are further (repository, commit) that it has, with the same content as the present one.
     `cut` is how many bytes the store sends before it hangs up, one number for each answer, then all comes. `damaged`
     changes the last byte on its way; `ranges` off ignores them; `page` answers with a web page, "hub" or "store";
-    `status` fails each answer of the store; `slow` waits before each of its chunks.
+    `status` fails each answer of the store, `plain` each of the hub without saying why; `slow` waits before each chunk.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class LocalHub:
     ranges: bool = True
     page: str = ""
     status: int = 0
+    plain: int = 0
     slow: float = 0.0
     address: str = ""
     store: str = ""
@@ -96,14 +99,18 @@ def _answer(hub: LocalHub, server: str) -> type[BaseHTTPRequestHandler]:
             hub.asked.append(asked)
             if hub.page == server:
                 self.send(200, {"Content-Type": "text/html; charset=utf-8"}, PAGE)
+            elif server == "hub" and hub.plain:
+                self.send(hub.plain, {})
             elif server == "hub":
                 self.resolve(path)
             else:
                 self.give(path)
 
         def resolve(self, path: str) -> None:
-            owner, name, _, revision, file = path.removeprefix("/").split("/", 4)
-            repo = f"{owner}/{name}"
+            asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            if asked is None:
+                return self.send(404, {})
+            repo, revision, file = asked.groups()
             if repo not in hub.repos:
                 return self.send(401, {"X-Error-Code": "RepoNotFound"})
             if repo in hub.gated and self.headers.get("Authorization") != "Bearer member":
@@ -149,11 +156,17 @@ def _answer(hub: LocalHub, server: str) -> type[BaseHTTPRequestHandler]:
     return Answer
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that leaves is no fault of the server
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 @contextmanager
 def serving() -> Iterator[LocalHub]:
     """A hub and its store on two ports of this machine."""
     hub = LocalHub()
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _answer(hub, name)) for name in ("hub", "store")]
+    servers = [_Server(("127.0.0.1", 0), _answer(hub, name)) for name in ("hub", "store")]
     hub.address, hub.store = (f"http://127.0.0.1:{s.server_port}" for s in servers)
     threads = [threading.Thread(target=s.serve_forever, args=(0.05,), daemon=True) for s in servers]
     for thread in threads:

@@ -142,6 +142,11 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path):
     assert free_disk(tmp_path / "not" / "there") == free_disk(tmp_path)
 
 
+def test_free_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9) if device == "cuda:1" else (1, 1))
+    assert free_memory("cuda:1") == 5
+
+
 def test_what_does_not_fit_is_told_in_numbers(monkeypatch):
     from arvis.weights import memory
 

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,13 +76,21 @@ def test_a_download_that_is_given_up_is_kept_and_goes_on_another_day(hub, tmp_pa
     assert not partials(tmp_path)
 
 
+FETCH = f"""
+import logging, sys
+from arvis.weights import Hub
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("httpx").setLevel(logging.WARNING)
+hub = Hub(cache_dir=sys.argv[1])
+print(hub.fetch(hub.find({REPO!r}, {NAME!r})).stat().st_size)
+"""
+"""A process of its own that fetches the file."""
+
+
 def test_a_killed_process_leaves_what_it_has(hub, tmp_path):
     hub.slow = 0.2
-    script = (
-        f"import sys; from arvis.weights import Hub; h = Hub(cache_dir=sys.argv[1]);h.fetch(h.find({REPO!r}, {NAME!r}))"
-    )
     env = {**os.environ, "HF_ENDPOINT": hub.address}
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "cache")], env=env)
+    child = subprocess.Popen([sys.executable, "-c", FETCH, str(tmp_path / "cache")], env=env)
     deadline = time.monotonic() + 30
     while not any(p.stat().st_size for p in partials(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -96,6 +102,16 @@ def test_a_killed_process_leaves_what_it_has(hub, tmp_path):
     hub.slow = 0.0
     hub.asked.clear()
     assert get().read_bytes() == BYTES and [a.range for a in hub.of("store")] == [f"bytes={kept}-"]
+
+
+def test_small_files_come_from_the_hub_itself(hub):
+    hub.repos[REPO]["config.json"] = b'{"a": 1}'
+    path = get(name="config.json")
+    assert path.read_text() == '{"a": 1}' and not hub.of("store")
+    (remote,) = Hub().find(REPO, "config.json")
+    assert remote.path == path and remote.sha256 == "" and remote.size == 8
+    hub.repos[REPO]["empty.json"] = b""
+    assert get(name="empty.json").read_bytes() == b""
 
 
 def test_a_server_without_ranges_starts_again(hub, caplog):
@@ -168,6 +184,21 @@ def test_what_the_hub_does_not_have(hub):
     with pytest.raises(WeightsError, match=r"asks for an accepted licence: accept it .*hf auth login"):
         get("someone/closed", token="stranger")
     assert get("someone/closed", token="member").read_bytes() == BYTES
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (404, r"the hub has no model\.pth of someone/weights \(404\): check the names"),
+        (401, r"the hub does not give model\.pth of someone/weights to you \(401\): check the name, or log in"),
+        (403, r"the hub does not give model\.pth of someone/weights to you \(403\)"),
+        (500, r"the hub did not give model\.pth .*500.*try again later"),
+    ],
+)
+def test_answers_without_a_reason(hub, status, told):
+    hub.plain = status
+    with pytest.raises(WeightsError, match=told):
+        get()
 
 
 def test_a_revision_is_pinned(hub):
@@ -275,17 +306,16 @@ def test_a_cache_that_cannot_be_written_to_is_told(hub, tmp_path):
         get(cache_dir=tmp_path / "file" / "cache")
 
 
-def test_two_processes_download_a_file_once(hub, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "arvis")
+def test_several_processes_download_a_file_once(hub, tmp_path):
     hub.slow = 0.2
-    found: list[bytes] = []
-    threads = [threading.Thread(target=lambda: found.append(get().read_bytes())) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [BYTES] * 3 and len(hub.of("store")) == 1
-    assert "another process downloads model.pth of someone/weights; waiting for it" in caplog.text
+    env = {**os.environ, "HF_ENDPOINT": hub.address, "PYTHONWARNINGS": "error"}
+    call = [sys.executable, "-c", FETCH, str(tmp_path / "cache")]
+    children = [subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    told = [child.communicate(timeout=60) for child in children]
+    assert [out.strip() for out, _ in told] == [b"300000"] * 2, told
+    assert len(hub.of("store")) == 1
+    waited = [b"another process downloads model.pth of someone/weights; waiting for it" in err for _, err in told]
+    assert sorted(waited) == [False, True]
 
 
 STATE = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}

@@ -1,7 +1,7 @@
 """Official files on the hub: what there is before it is fetched; fetched once, resumed where it stopped, verified.
 
 The cache is the one of huggingface_hub, so that whatever any tool has downloaded is found, and the other way round.
-Large files are streamed here and not by that package because it gives up what it has when it is interrupted.
+Files are streamed here and not by that package because it gives up what it has when it is interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from arvis.weights.memory import free_disk, told
 RETRIES = 5
 """Attempts in a row that bring nothing before a download is given up; what is there is kept."""
 PATIENCE = 1.0
-"""Seconds before the second of these attempts; each further one waits twice as long."""
+"""Seconds before the second of these attempts; each further one waits twice as long, four times this at most."""
 
 _log = logging.getLogger("arvis")
 
@@ -174,7 +174,7 @@ class Hub:
 
         path = remote.path
         try:
-            if path is None and remote.sha256 and remote.size:
+            if path is None and remote.size:
                 self._download(remote)
             if path is None or path == self._blob(remote):  # enter it in the books of the cache
                 options = {"revision": remote.revision, "cache_dir": self.cache, "token": self.token}
@@ -190,7 +190,7 @@ class Hub:
         return path
 
     def _download(self, remote: Remote) -> None:
-        """Put a large file among the blobs of the cache."""
+        """Put a file among the blobs of the cache."""
         from huggingface_hub.utils import tqdm
 
         blob = self._blob(remote)
@@ -203,8 +203,7 @@ class Hub:
             shown = {"total": remote.size, "initial": _size(partial), "unit": "B", "unit_scale": True}
             with tqdm(**shown, desc=remote.name, disable=None) as bar:
                 self._stream(remote, partial, bar)
-            found = checksum(partial)
-            if found != remote.sha256:
+            if remote.sha256 and (found := checksum(partial)) != remote.sha256:
                 raise WeightsError(
                     f"{remote} arrived damaged: its checksum is {found}, and the hub says {remote.sha256}; delete "
                     f"{partial} and try again"
@@ -217,7 +216,7 @@ class Hub:
         while (begun := _size(partial)) != remote.size:
             if why:
                 _log.warning("%s stopped at %s (%s); trying again", remote, _part(begun, remote.size), why)
-                time.sleep(PATIENCE * 2 ** max(fruitless - 1, 0))
+                time.sleep(PATIENCE * min(2 ** max(fruitless - 1, 0), 4))
             if begun > remote.size:
                 raise WeightsError(f"{partial} is longer than {remote}: delete it and try again")
             why = self._attempt(remote, partial, begun, bar)
@@ -353,6 +352,12 @@ def _refusal(error: Exception, remote: Remote) -> WeightsError:
             )
         case errors.HFValidationError():
             return WeightsError(f"{repo!r} is not the name of a hub repository, which is owner/name: {_reason(error)}")
+        case errors.HfHubHTTPError(response=answer) if answer.status_code == 404:
+            return _Absent(f"the hub has no {remote} (404): check the names of repository, revision and file")
+        case errors.HfHubHTTPError(response=answer) if answer.status_code in (401, 403):
+            return WeightsError(
+                f"the hub does not give {remote} to you ({answer.status_code}): check the name, or log in (hf auth login)"
+            )
         case errors.HfHubHTTPError():
             return WeightsError(f"the hub did not give {remote} ({_reason(error)}); try again later")
         case OSError(errno=errno.ENOSPC):
