@@ -45,6 +45,9 @@ def test_out_painting_shrinks_the_picture_and_marks_its_surroundings():
     black = (to_tensor(mask) == 0)[0]
     assert torch.equal(black, box_mask((0.25, 0.5, 0.75, 1.0), (40, 40)))
     assert len({tuple(p) for p in to_tensor(canvas)[:, ~black].T.tolist()}) == 1
+    framed = Image.new("RGB", (40, 40), (250, 0, 10))
+    framed.paste(original.resize((20, 20)), (10, 10))
+    assert outpaint(framed, (0.25, 0.25, 0.75, 0.75))[0].getpixel((0, 0)) == (250, 0, 10), "the border's colour"
     with pytest.raises(ValueError, match="holds no pixel of a picture of 40x40"):
         outpaint(original, (0.5, 0.5, 0.5, 1))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -43,14 +44,19 @@ def box_picture(box: Sequence[float], size: tuple[int, int]) -> Image.Image:
 def outpaint(picture: Image.Image, box: Sequence[float]) -> tuple[Image.Image, Image.Image]:
     """A picture shrunk into a box of an empty canvas of its own size, and the mask that is white around it.
 
-    The pair is the `image` and `mask` of a generation that paints the surroundings. Raises ValueError as `box_mask`,
-    and for a box that holds no pixel.
+    The canvas has the mean colour of the picture's border, as encoders look beyond the box. The pair is the `image` and
+    `mask` of a generation that paints the surroundings. Raises ValueError as `box_mask`, and for a box that holds no
+    pixel.
     """
     top, left, bottom, right = _edges(box, (picture.height, picture.width))
     if top == bottom or left == right:
         raise ValueError(f"the box {tuple(box)} holds no pixel of a picture of {picture.width}x{picture.height}")
-    canvas, mask = Image.new("RGB", picture.size, "grey"), Image.new("RGB", picture.size, "white")
-    canvas.paste(picture.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    picture = picture.convert("RGB")
+    x = np.asarray(picture)
+    border = np.concatenate((x[0], x[-1], x[:, 0], x[:, -1])).mean(0)
+    canvas = Image.new("RGB", picture.size, tuple(int(c) for c in border.round()))
+    mask = Image.new("RGB", picture.size, "white")
+    canvas.paste(picture.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
     mask.paste("black", (left, top, right, bottom))
     return canvas, mask
 
