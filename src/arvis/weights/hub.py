@@ -236,7 +236,7 @@ class Hub:
         headers = {**build_hf_headers(token=self.token), "Accept-Encoding": "identity"}
         if begun:
             headers["Range"] = f"bytes={begun}-"
-        url = hf_hub_url(remote.repo, remote.name, revision=remote.commit)
+        url = hf_hub_url(remote.repo, remote.name, revision=remote.revision)
         try:
             with get_session().stream(
                 "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
@@ -356,7 +356,8 @@ def _refusal(error: Exception, remote: Remote) -> WeightsError:
             return _Absent(f"the hub has no {remote} (404): check the names of repository, revision and file")
         case errors.HfHubHTTPError(response=answer) if answer.status_code in (401, 403):
             return WeightsError(
-                f"the hub does not give {remote} to you ({answer.status_code}): check the name, or log in (hf auth login)"
+                f"the hub does not give {remote} to you ({answer.status_code}): check the name, or log in (hf auth "
+                "login)"
             )
         case errors.HfHubHTTPError():
             return WeightsError(f"the hub did not give {remote} ({_reason(error)}); try again later")
