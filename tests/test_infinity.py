@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from arvis import parity
+from arvis.config import from_dict, to_dict
 from arvis.laws import Case, examine
 from arvis.nn.rotary_scales import scale_table
 from arvis.noise import Noise
@@ -23,6 +24,7 @@ from arvis.tokenizers.bits import BitPyramidConfig
 from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.ratios import scales_for
 from arvis.tokens import Layout, Pin, at
+from arvis.training.fit_config import FitConfig
 from arvis.walk import finish, generate
 from arvis.weights import WeightsError, load_official, to_official
 
@@ -503,6 +505,16 @@ def test_given_bits_stay_and_the_rest_is_painted(system):
     mask = torch.rand(3, 16, generator=torch.Generator().manual_seed(8)) < 0.4
     s = finish(generate(system, cond, InfinitySampling(), Noise.of(0, 3), given=Pin(mask, tokens)))
     assert torch.equal(s.tokens[mask], tokens[mask]) and not torch.equal(s.tokens, tokens)
+
+
+@pytest.mark.parametrize("name", infinity.PRESETS)
+def test_presets_are_plain_data_and_their_settings_are_known(name):
+    preset = infinity.PRESETS[name]
+    of = preset.config()
+    assert from_dict(InfinityConfig, json.loads(json.dumps(to_dict(of)))) == of
+    assert from_dict(InfinitySampling, preset.sampling).top_p == 0.97
+    for settings in preset.training.values():
+        assert from_dict(FitConfig, settings).steps > 0
 
 
 def test_configurations_that_contradict_themselves_are_refused():
