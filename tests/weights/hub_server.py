@@ -39,7 +39,8 @@ class LocalHub:
     `pinned` are further (repository, commit) that it has, with the same content as the present one.
     `cut` is how many bytes the store sends before it hangs up, one number for each answer, then all comes. `damaged`
     changes the last byte on its way; `ranges` off ignores them; `page` answers with a web page, "hub" or "store";
-    `status` fails each answer of the store, `plain` each of the hub without saying why; `slow` waits before each chunk.
+    `status` fails each answer of the store, `plain` each of the hub without saying why; `slow` waits before each chunk,
+    and the store waits until `together` clients have asked the hub.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class LocalHub:
     status: int = 0
     plain: int = 0
     slow: float = 0.0
+    together: int = 0
     address: str = ""
     store: str = ""
 
@@ -141,6 +143,9 @@ def _answer(hub: LocalHub, server: str) -> type[BaseHTTPRequestHandler]:
             repo, _, etag = path.removeprefix("/").partition("?")[0].rpartition("/")
             found = (c for c in hub.repos[repo].values() if hashlib.sha256(c).hexdigest() == etag)
             content = next(found)
+            deadline = time.monotonic() + 60
+            while len(hub.of("hub", "HEAD")) < hub.together and time.monotonic() < deadline:
+                time.sleep(0.02)
             if hub.status:
                 return self.send(hub.status, {})
             if hub.damaged:

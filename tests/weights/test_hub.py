@@ -307,7 +307,7 @@ def test_a_cache_that_cannot_be_written_to_is_told(hub, tmp_path):
 
 
 def test_several_processes_download_a_file_once(hub, tmp_path):
-    hub.slow = 0.2
+    hub.slow, hub.together = 0.5, 2
     env = {**os.environ, "HF_ENDPOINT": hub.address, "PYTHONWARNINGS": "error"}
     call = [sys.executable, "-c", FETCH, str(tmp_path / "cache")]
     children = [subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
