@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -306,6 +308,20 @@ def test_a_cache_that_cannot_be_written_to_is_told(hub, tmp_path):
         get(cache_dir=tmp_path / "file" / "cache")
 
 
+def test_who_comes_second_waits(hub, caplog):
+    caplog.set_level(logging.INFO, "arvis")
+    hub.slow, hub.together = 0.2, 2
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda: found.append(get().read_bytes())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [BYTES] * 2 and len(hub.of("store")) == 1
+    assert "another process downloads model.pth of someone/weights; waiting for it" in caplog.text
+
+
+@pytest.mark.slow
 def test_several_processes_download_a_file_once(hub, tmp_path):
     hub.slow, hub.together = 0.5, 2
     env = {**os.environ, "HF_ENDPOINT": hub.address, "PYTHONWARNINGS": "error"}

@@ -12,7 +12,7 @@ from arvis.weights.files import (
     save_pretrained,
     write,
 )
-from arvis.weights.hub import Hub, Remote, checksum, fetch
+from arvis.weights.hub import Hub, Remote, checksum
 from arvis.weights.keys import (
     SAME_NAMES,
     Key,
@@ -51,7 +51,6 @@ __all__ = [
     "affordable",
     "card",
     "checksum",
-    "fetch",
     "fingerprint",
     "free_disk",
     "free_memory",

@@ -370,18 +370,3 @@ def checksum(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fetch(
-    repo: str,
-    file: str,
-    revision: str = "main",
-    *,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | None = None,
-    sha256: str = "",
-) -> Path:
-    """The path of a hub repository's file, downloaded on the first call and cached."""
-    hub = Hub(cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-    return hub.fetch(hub.find(repo, file, revision, sha256))
