@@ -12,7 +12,7 @@ from arvis.weights.files import (
     save_pretrained,
     write,
 )
-from arvis.weights.hub import Hub, Remote, checksum
+from arvis.weights.hub import Hub, Remote, checksum, fetch
 from arvis.weights.keys import (
     SAME_NAMES,
     Key,
@@ -51,6 +51,7 @@ __all__ = [
     "affordable",
     "card",
     "checksum",
+    "fetch",
     "fingerprint",
     "free_disk",
     "free_memory",

@@ -370,3 +370,9 @@ def checksum(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fetch(repo: str, name: str, revision: str = "main", sha256: str = "") -> Path:
+    """Where a file of a hub repository lies, downloaded on the first call: `Hub` in one step."""
+    hub = Hub()
+    return hub.fetch(hub.find(repo, name, revision, sha256))
