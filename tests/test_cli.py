@@ -578,4 +578,4 @@ def test_a_real_process(place):
     assert painted.returncode == 0 and not painted.stderr and Path("a.png").is_file()
     wrong = arvis_("generate", "red apple", "--model", "brsh")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "arvis: no model is called 'brsh'; nearest: brush\n"
+    assert wrong.stderr == "arvis: no model is called 'brsh'; nearest: brush, brush-64\n"

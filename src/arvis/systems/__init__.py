@@ -53,5 +53,5 @@ def preset(name: str) -> tuple[str, str, Preset]:
         if name.startswith(f"{slug}-") and name in (presets := system(slug).PRESETS):
             return slug, name, presets[name]
     known = [preset for slug in SYSTEMS for preset in getattr(system(slug), "PRESETS", ())]
-    near = difflib.get_close_matches(name, [*SYSTEMS, *known], 3, 0.3)
+    near = difflib.get_close_matches(name, [*SYSTEMS, *known], 3, 0.5)
     raise KeyError(f"no model is called {name!r}; {'nearest: ' + ', '.join(near) if near else 'see `arvis systems`'}")
