@@ -50,9 +50,9 @@ def test_hidden_tokens_are_not_seen_and_known_ones_are(brief):
 @torch.no_grad()
 def test_the_loop_is_the_one_written_out(brief):
     exact, beside, matters = mar.unguided(brief.system)
-    assert exact.ok and beside.ok and matters.ok
+    assert exact.ok and beside.ok and matters.value > 1e-3
     assert not mar.unguided(broken(brief, "a set drawn twice").system)[0].ok
-    assert not mar.unguided(broken(brief, "ignored condition").system)[2].ok
+    assert mar.unguided(broken(brief, "ignored condition").system)[2].value < 1e-4
 
 
 def test_two_samples_of_one_distribution_and_of_others():
@@ -75,10 +75,9 @@ def test_swapped_guidance_weighs_the_null_row_up(brief):
 
 
 @torch.no_grad()
-def test_raw_latents_have_another_deviation(brief):
-    raw = broken(brief, "raw latents")
-    tokens = [x.system.tokenizer.encode(brief.digits.test_images) for x in (brief, raw)]
-    assert not torch.allclose(*tokens)
+def test_halved_latents_have_half_the_deviation(brief):
+    tokens = [x.system.tokenizer.encode(brief.digits.test_images) for x in (brief, broken(brief, "halved latents"))]
+    torch.testing.assert_close(tokens[1], tokens[0] / 2)
 
 
 def test_the_official_sizes_have_the_official_numbers_of_parameters():

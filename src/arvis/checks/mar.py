@@ -385,9 +385,11 @@ def swap_guidance(trained: Trained) -> None:
     system.start = swapped
 
 
-def keep_raw_latents(trained: Trained) -> None:
-    """Latents are not brought to unit deviation."""
-    trained.system.tokenizer.normal.load_state_dict({"mean": torch.zeros(4), "square": torch.ones(4)})
+def halve_latents(trained: Trained) -> None:
+    """The measured deviation of latents is twice what it is."""
+    normal: Any = trained.system.tokenizer.normal
+    mean, square = normal.mean, normal.square
+    normal.load_state_dict({"mean": mean, "square": mean.square() + 4 * (square - mean.square())})
 
 
 MUTANTS = {
@@ -398,5 +400,5 @@ MUTANTS = {
     "known tokens forgotten": forget_known,
     "a set drawn twice": draw_twice,
     "swapped guidance": swap_guidance,
-    "raw latents": keep_raw_latents,
+    "halved latents": halve_latents,
 }
