@@ -548,7 +548,15 @@ PRESETS["infinity-emoji-64"] = Preset(
     licence="Apache-2.0",
     sampling={"cfg_scale": 2.0, "temperature": 1.0, "top_p": 0.97},
     training={
-        "tokenizer": {"steps": 2000, "batch": 64, "lr": 1e-3, **_SCHEDULE, "clip": 1.0, "weight_decay": 0.01},
+        "tokenizer": {
+            "steps": 2500,
+            "batch": 32,
+            "lr": 3e-3,
+            **_SCHEDULE,
+            "clip": 1.0,
+            "weight_decay": 0.01,
+            "muon": ("grid",),
+        },
         "generator": {"steps": 2500, "batch": 64, "lr": 3e-3, **_SCHEDULE, "muon": ("trunk",)},
     },
 )
