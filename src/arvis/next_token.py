@@ -241,7 +241,7 @@ class NextToken(nn.Module):
         step = s.k[:, None] + F.pad(depths(parent_BL), (1, 0))
         tag = torch.cat((self._tags(s, s.k[:, None]), tree_tags(parent_BL)), 1)
         root = self._rows(s, s.k[:, None])
-        drafts = self.transformer.embedding(drafts_BL)[:, None].expand(-1, root.shape[1], -1, -1)
+        drafts = self.transformer.embedding(drafts_BL.to(root.device))[:, None].expand(-1, root.shape[1], -1, -1)
         slot = (s.k + lead - 1)[:, None] + torch.arange(count + 1)
         h = self._feed(s, torch.cat((root, drafts), 2), step + lead - 1, slot, Rows.of(step, tag))
         return Categorical(step, self._logits(s, h, step)).probs, h
