@@ -64,6 +64,16 @@ def test_a_ratio_of_zero_has_no_convolution():
     assert torch.equal(quantizer.spread(h, 1, SQUARE), up)
 
 
+@pytest.mark.parametrize("ratio", [0.3, -0.3, 1.0])
+def test_the_ratio_is_the_share_of_the_convolution(ratio):
+    """Fails for shares that are swapped, or do not add up to one; a half hides both."""
+    quantizer, h = make(ratio=ratio, shares=1), torch.randn(2, 36, 6)
+    phi, x = quantizer.quant_resi.qresi, to_map(h, (6, 6))
+    share = abs(ratio)
+    wanted = (1 - share) * x + share * F.conv2d(x, phi.weight, phi.bias, padding=1)
+    assert torch.allclose(quantizer.spread(h, 4, SQUARE), wanted, atol=1e-6)  # the last level: not resized
+
+
 @pytest.mark.parametrize("layout", [SQUARE, OBLONG, pyramid((1, 4, 4)), pyramid((5,))])
 def test_decoding_ids_repeats_the_encoder_bit_for_bit(layout):
     """Check 8. Fails for any other order of sums, or a last level that is resized."""
