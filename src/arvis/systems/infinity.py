@@ -546,7 +546,7 @@ def emoji_64() -> InfinityConfig:
 PRESETS["infinity-emoji-64"] = Preset(
     config=emoji_64,
     licence="Apache-2.0",
-    sampling={"cfg_scale": 2.0, "temperature": 1.0, "top_p": 0.97},
+    sampling={"cfg_scale": 3.0, "temperature": 0.5, "top_p": 0.97},
     training={
         "tokenizer": {
             "steps": 2500,
