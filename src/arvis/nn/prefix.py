@@ -109,7 +109,7 @@ class WordPrefix(nn.Module):
 
     def __init__(self, config: TextConfig, width: int) -> None:
         super().__init__()
-        self.config, self.length = config, 1 + config.words
+        self.length = 1 + config.words
         self.encoder = TextEncoder(config)
         self.project = nn.Linear(config.width, width, bias=False)
 
