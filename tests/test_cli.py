@@ -299,7 +299,7 @@ def test_captions_for_missing_files_are_counted(capsys):
     lines = [json.dumps({"file": name, "caption": "c"}) for name in ("a.png", "b.png")]
     Path("some/captions.jsonl").write_text("\n".join(lines))
     run("finetune", "some", "--steps", "1", "--set", *FAST)
-    assert "1 pictures, 1 of them unreadable or missing" in capsys.readouterr().out
+    assert "1 pictures, too few to hold some out, 1 of them unreadable or missing" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(capsys, pictures):
@@ -315,7 +315,7 @@ def test_finetune_a_folder_then_paint_from_it(capsys, pictures, refused):
     out = capsys.readouterr().out
     first, second, *_, last = out.splitlines()
     verdict = r"the tokenizer is the bottleneck at \d+\.\d dB: .* \d+\.\d dB at worst \((cat|red_dog)/\d\.png\)"
-    assert re.match(rf"7 pictures, 1 of them unreadable or missing; {verdict}", first)
+    assert re.match(rf"7 pictures, too few to hold some out, 1 of them unreadable or missing; {verdict}", first)
     assert second.endswith(str(Path("mine/tokenizer.png"))) and read_image("mine/tokenizer.png").height == 50
     page = Path("mine/report.html").read_text()
     assert "the tokenizer is the bottleneck" in page and page.count("data:image/png") >= 3, "before, after, pairs"
@@ -362,7 +362,8 @@ def test_finetune_measures_pictures_held_out(capsys):
         picture(seed=i).save(f"many/cat/{i}.png")
     run("finetune", "many", "--steps", "2", "--set", *FAST)
     told = r"loss: \d\.\d\d -> \d\.\d\d on pictures it learned from, \d\.\d\d -> \d\.\d\d on pictures held out"
-    assert re.search(told, capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(told, out) and re.match(r"\d\d pictures and \d held out; the tokenizer", out)
 
 
 def test_finetune_of_classes_names_them(capsys, pictures, refused):

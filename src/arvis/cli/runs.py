@@ -116,7 +116,9 @@ def finetune(
         shown = recipes.fidelity(loaded.system, pictures)
         shown.save(run / "tokenizer.png")
         broken = f", {len(pictures.skipped)} of them unreadable or missing" * bool(pictures.skipped)
-        print(f"{len(pictures)} pictures{broken}; {shown.sentence}")
+        held = len(open_folder(folder, 1, "all")) - len(pictures)
+        others = f" and {held} held out" if held else ", too few to hold some out"
+        print(f"{len(pictures)} pictures{others}{broken}; {shown.sentence}")
         print(f"originals and what the tokenizer makes of them: {run / 'tokenizer.png'}", flush=True)
         request = recipes.finetuning(loaded, pictures, folder, run, stage=stage, lora=lora)
         base = str(Path(model).resolve()) if Path(model).exists() and request.base != model else model
