@@ -275,8 +275,16 @@ PRESETS = {
         licence="Apache-2.0",
         sampling={"cfg_scale": 2.0, "top_k": 200, "top_p": 0.9},
         training={
-            "tokenizer": {"steps": 2000, "batch": 64, "lr": 1e-3, **_SCHEDULE, "clip": 1.0, "weight_decay": 0.01},
-            "generator": {"steps": 2500, "batch": 64, "lr": 3e-3, **_SCHEDULE, "muon": ("trunk",)},
+            "tokenizer": {
+                "steps": 1000,
+                "batch": 64,
+                "lr": 3e-3,
+                **_SCHEDULE,
+                "clip": 1.0,
+                "weight_decay": 0.01,
+                "muon": ("coder.grid",),
+            },
+            "generator": {"steps": 2000, "batch": 64, "lr": 3e-3, **_SCHEDULE, "muon": ("trunk",)},
         },
     ),
 }
