@@ -487,7 +487,7 @@ def _file(name: str, sha256: str, revision: str = "main") -> File:
 
 CONFIG = MARConfig
 
-_SCHEDULE = {"warmup": 50, "schedule": "cosine", "final": 0.02, "ema": 0.995}
+_SCHEDULE = {"batch": 32, "lr": 2e-3, "warmup": 30, "schedule": "cosine", "final": 0.02, "ema": 0.995}
 
 PRESETS = {
     "mar-b": _preset(
@@ -512,10 +512,10 @@ PRESETS = {
     "mar-emoji-64": Preset(
         config=mar_emoji_64,
         licence="Apache-2.0",
-        sampling={"cfg_scale": 3.0, "cfg_schedule": "linear", "num_iter": 16, "diffusion_steps": 50},
+        sampling={"cfg_scale": 3.0, "num_iter": 16, "diffusion_steps": 25, "spacing": "strided"},
         training={
-            "tokenizer": {"steps": 1500, "batch": 64, "lr": 1e-3, **_SCHEDULE, "clip": 1.0, "weight_decay": 0.01},
-            "generator": {"steps": 2500, "batch": 64, "lr": 2e-3, **_SCHEDULE, "muon": ("trunk",), "clip": 3.0},
+            "tokenizer": {"steps": 600, **_SCHEDULE, "clip": 1.0, "weight_decay": 0.01, "muon": ("blocks",)},
+            "generator": {"steps": 1400, **_SCHEDULE, "clip": 3.0, "muon": ("trunk", "denoiser.blocks")},
         },
     ),
 }
