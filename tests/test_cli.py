@@ -530,7 +530,9 @@ def test_every_command_has_few_flags_each_with_help(name, capsys):
     assert documented == set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/training.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/commands.md", "docs/training.md", "docs/finetuning.md", "CONTRIBUTING.md"]
+)
 def test_commands_in_the_texts_are_understood(page, monkeypatch):
     """Each line that begins with `arvis` in a block of shell is parsed, not run."""
     called = []

@@ -89,6 +89,8 @@ def test_the_generator_goes_on_with_its_own_tokenizer(folder, tmp_path):
     plain = recipes.request_for("brush", "generator", "", tmp_path)
     raw = recipes.finetuning(model, open_folder(folder, 24), folder, tmp_path / "run")
     assert raw.fit.batch <= 64 and raw.fit.lr == plain.fit.lr / 5 and not raw.lora.rank
+    thin = recipes.finetuning(model, open_folder(folder, 24), folder, tmp_path / "run", lora=2)
+    assert thin.fit.lr == plain.fit.lr and not thin.fit.muon and thin.fit.weight_decay == 0.0
     recipes.train(asked)
     end = arvis.load(tmp_path / "run" / "model")
     assert end.settings == {"cfg_scale": 0.5} and end.config == model.config

@@ -129,6 +129,7 @@ def _write(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata={"prompts": json.dumps(prompts)})
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC

@@ -30,7 +30,7 @@ LARGE = 100_000_000
 RANK = 16
 """Their rank."""
 LORA_LR = 1e-3
-"""Their learning rate."""
+"""Their learning rate, at least; else that of the preset."""
 MOST = 256
 """Pictures on which a tokenizer is looked at."""
 
@@ -82,10 +82,10 @@ def finetuning(
 ) -> TrainRequest:
     """The request that continues a `Model` on a folder of pictures; the model is written to `run/start`.
 
-    The preset's settings at a fifth of its learning rate, batches of at most 64. `lora` is the rank of adapters, 0 for
-    none; None chooses them for generators of more than a hundred million parameters. A class-conditional model gets a
-    class table of the folder's classes, where those of equal names keep their rows. Stage "tokenizer" trains the
-    decoder alone, so that tokens keep their meaning and the generator goes on working.
+    The preset's settings at a fifth of its learning rate (of adapters: all of it), batches of at most 64. `lora` is the
+    rank of adapters, 0 for none; None chooses them for generators of more than a hundred million parameters. A
+    class-conditional model gets a class table of the folder's classes, where those of equal names keep their rows.
+    Stage "tokenizer" trains the decoder alone, so that tokens keep their meaning and the generator goes on working.
     """
     slug, config, start = model.slug, model.config, run / "start"
     tensors, tables = dict(model.system.state_dict()), list[str]()
@@ -107,7 +107,7 @@ def finetuning(
     size = sum(p.numel() for n, part in model.system.parts().items() if n != "tokenizer" for p in part.parameters())
     rank = lora if lora is not None else RANK if size > LARGE else 0
     if rank:
-        fit = replace(fit, lr=LORA_LR, muon=(), weight_decay=0.0, weight_decay_final=None)
+        fit = replace(fit, lr=max(plain.fit.lr, LORA_LR), muon=(), weight_decay=0.0, weight_decay_final=None)
     return replace(request, fit=fit, lora=LoraConfig(rank=rank, also=tuple(tables)), base=model.name)
 
 

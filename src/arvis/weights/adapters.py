@@ -76,6 +76,7 @@ def save_adapters(
         path.parent.mkdir(parents=True, exist_ok=True)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, partial, metadata={"format": "pt", _KEY: json.dumps(header)})
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"could not write {path}: {error}") from error
