@@ -412,6 +412,16 @@ def test_info_of_a_published_model_and_of_a_folder(capsys, refused):
     assert "no model is called" in refused("info", "nothing")
 
 
+def test_cost_is_a_table_of_phases(capsys, refused):
+    """The published size counted without its weights: ten steps, then the decoder."""
+    run("cost", "var-d16", "--set", "cfg_scale=0")
+    out = capsys.readouterr().out
+    assert "10 steps" in out and re.search(r"decode +393\.8", out) and re.search(r"weights +1,599\.4 MiB", out)
+    assert re.search(r"later steps +299\.8", out), "without guidance the transformer does half the work"
+    assert "batch is the number of pictures" in refused("cost", "var-d16", "--batch", "0")
+    assert "cfg_scale" in refused("cost", "var-d16", "--set", "cfg_scal=2")
+
+
 def test_convert_in_both_directions(monkeypatch, capsys, refused):
     """Files with official names become a folder of ours that paints the same, and the same files again."""
     from arvis import systems

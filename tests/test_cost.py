@@ -11,7 +11,6 @@ from arvis import cost
 from arvis.noise import Noise
 from arvis.systems import SYSTEMS
 from arvis.systems import system as module_of
-from arvis.tokens import at
 
 REGISTERED = [slug for slug, row in SYSTEMS.items() if row.kind == "system"]
 
@@ -31,7 +30,7 @@ def test_operations_are_those_of_a_real_run(slug: str) -> None:
         s = system.start(None, system.Sampling(), Noise.of(0, 2))
         while not bool(s.done.all()):
             d = system.predict(s)
-            system.commit(s, d, at(s.tokens, d.where))
+            system.commit(s, d, d.sample(s.noise))
         system.tokenizer.decode(s.tokens, s.layout)
     assert counted(slug).flops == theirs.get_total_flops()
 

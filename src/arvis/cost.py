@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arvis.noise import Noise
-from arvis.tokens import at
 
 
 class Work(list[tuple[float, float]]):
@@ -173,7 +172,7 @@ def count(system: Any, sampling: Any, batch: int = 1, dtype: torch.dtype = torch
         while not bool(s.done.all()):
             phase("first step" if cost.steps == 0 else "later steps")
             d = system.predict(s)
-            system.commit(s, d, at(s.tokens, d.where))
+            system.commit(s, d, d.sample(s.noise))
             cost.steps += 1
         cost.cache = sum(counting.bytes(x) for c in s.cache.values() for x in (*c.k.values(), *c.v.values()))
         phase("decode")
@@ -187,9 +186,9 @@ def measure(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: flo
     size = 2048 if torch.device(device).type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     flops = 2 * size**3 / _best(lambda: a @ a, device, seconds)
-    far = torch.ones(2**28 // dtype.itemsize, dtype=dtype, device=device)
-    row = torch.ones(far.numel() // 4096, dtype=dtype, device=device)
-    bandwidth = far.numel() * dtype.itemsize / _best(lambda: far.view(4096, -1) @ row, device, seconds)
+    far = torch.ones(2**12, 2**14, device=device)  # always float32: memory does not know number formats
+    row = torch.ones(2**14, device=device)
+    bandwidth = far.numel() * far.element_size() / _best(lambda: far @ row, device, seconds)
     return Machine(device=str(device), dtype=dtype, flops=flops, bandwidth=bandwidth)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from arvis import __version__
-from arvis.cli.facts import check, convert, doctor, info, list_systems, parity
+from arvis.cli.facts import check, convert, cost, doctor, info, list_systems, parity
 from arvis.cli.pictures import evaluate, generate, reconstruct
 from arvis.cli.runs import finetune, train
 from arvis.cli.settings import each_set
@@ -26,6 +26,7 @@ COMMANDS = {
     "tokenizer": tokenizer,
     "systems": list_systems,
     "info": info,
+    "cost": cost,
     "parity": parity,
     "check": check,
     "convert": convert,

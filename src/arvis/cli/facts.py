@@ -1,4 +1,4 @@
-"""Commands about systems and files: systems, info, parity, check, convert, doctor."""
+"""Commands about systems and files: systems, info, cost, parity, check, convert, doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from arvis import systems
+from arvis.cli.settings import Set
 from arvis.cli.terminal import log_lines, place_for_folder, progress
 from arvis.config import to_dict
 from arvis.published import File, Preset
@@ -96,6 +97,50 @@ def info(name: Positional[str], /) -> None:
             print(f"  published    {result.metric} {result.value} ({result.settings}; {result.source})")
     for line in _lines(to_dict(config), "model."):
         print(f"  {line}")
+
+
+def cost(
+    name: Positional[str],
+    /,
+    batch: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+    set: Set = (),
+) -> None:
+    """Count what a generation takes: operations, bytes moved, memory; and the least time in which this machine could.
+
+    Nothing is loaded: the model is walked without values, and the machine is measured for three seconds.
+
+    Args:
+        name: A preset, such as var-d16.
+        batch: Pictures at once.
+        dtype: The number format that is counted and measured.
+        device: cpu or cuda, for the measurement.
+        set: Sampling settings, such as cfg_scale=1 (no guidance halves the work).
+    """
+    import torch
+
+    from arvis import cost as room
+    from arvis.config import override
+    from arvis.loading import empty, resolve_device
+
+    if batch < 1:
+        raise ValueError(f"batch is the number of pictures at once, at least 1, got {batch}")
+    slug, full, preset = systems.preset(name)
+    system, place = empty(slug, preset.config()).eval(), resolve_device(device)
+    sampling = override(replace(system.Sampling(), **preset.sampling), list(set))
+    number = getattr(torch, dtype)
+    counted, machine = room.count(system, sampling, batch, number), room.measure(number, place)
+    print(f"{full}, batch {batch}, {dtype}: {counted.steps} steps")
+    print(f"  {'phase':<12} {'GFLOP':>10} {'GB moved':>10} {'at least':>10}")
+    for phase, work in counted.phases.items():
+        if work:
+            print(f"  {phase:<12} {work.flops / 1e9:10,.1f} {work.bytes / 1e9:10.2f} {work.floor(machine):8.3f} s")
+    print(f"  {'all':<12} {counted.flops / 1e9:10,.1f} {'':10} {counted.floor(machine):8.3f} s")
+    for what in ("weights", "cache", "working"):
+        print(f"  {what:<12} {getattr(counted, what) / 2**20:10,.1f} MiB")
+    speed = f"{machine.flops / 1e9:,.0f} GFLOP/s in {dtype}, {machine.bandwidth / 1e9:,.1f} GB/s"
+    print(f"  this machine ({machine.device}): {speed}")
 
 
 def _a_folder(name: str) -> bool:
