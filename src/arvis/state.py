@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from arvis.dist import Dist
+from arvis.dist import Categorical, Dist
 from arvis.nn.cache import Cache
+from arvis.nn.scales import Condition
 from arvis.noise import Noise, Recorded, Source
+from arvis.rows import See
 from arvis.tokens import Layout, Pin, Space
 
 Cond = dict[str, Tensor]
@@ -235,4 +237,32 @@ class Windowed(Protocol):
     def keep(self, s: State, path_BP: Tensor, tokens_BQ: Tensor) -> None:
         """Accept a path of drafts of the last window, padded with -1 (items may accept different numbers), and the
         token after it: tokens [B, P + 1] holds the path's and then that one. k grows by the path's length plus one."""
+        ...
+
+
+class Lesson(NamedTuple):
+    """One step of teacher forcing: tokens [B, N, S] and where they lie, the raw conditions, what was predicted (with
+    its gradient), and the losses."""
+
+    tokens: Tensor
+    layout: Layout
+    cond: Cond
+    predicted: Dist
+    losses: dict[str, Tensor]
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """Systems over scales that run on any inputs: what training on a model's own predictions needs."""
+
+    tokenizer: Any
+    transformer: Any
+    see: See
+
+    def lesson(self, batch: dict[str, Any], noise: Source) -> Lesson:
+        """A step of teacher forcing; its losses are those of `loss`."""
+        ...
+
+    def one_pass(self, x_BNC: Tensor, c: Condition, layout: Layout, scales: Sequence[int], see: See) -> Categorical:
+        """The distributions of scale 0 and of `scales` alone under any inputs of these and any visibility."""
         ...

@@ -76,6 +76,10 @@ class Layout:
         """The positions of level k."""
         return slice(self.offsets[k], self.offsets[k + 1])
 
+    def where(self, *levels: int) -> Tensor:
+        """The positions of some levels, [1, n], on the host."""
+        return torch.cat([torch.arange(self.offsets[k], self.offsets[k + 1], device="cpu") for k in levels])[None]
+
     @cached_property
     def level_N(self) -> Tensor:
         """The level of each position, int32 [N], on the host."""

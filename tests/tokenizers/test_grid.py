@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from arvis.noise import Noise
-from arvis.systems.llamagen import Recent, tokenizer_keys, vq
+from arvis.systems.llamagen import tokenizer_keys, vq
 from arvis.tokenizers import CNNConfig, PatchConfig, Trainable
 from arvis.tokenizers.grid import GridVQ, GridVQConfig
 from arvis.tokens import Layout, Space
 from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
 from arvis.weights import load_official, map_shapes, to_official
+from arvis.weights.families import Recent
 
 PATCH = PatchConfig(patch=4, grid=(4, 4), width=32, heads=2, z_channels=6, encoder_depth=1, decoder_depth=1, refine=8)
 CNN = CNNConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=16)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arvis.nn.adaln import AdaLNBlock, AdaLNHead
 from arvis.nn.cache import Cache
+from arvis.nn.request import class_labels, labels_where
 from arvis.nn.trunk import Call, Trunk
 from arvis.rows import Rows, See, render
 from arvis.tokens import Layout
@@ -46,6 +47,26 @@ class Conditioner(Protocol):
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]: ...
     def __call__(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> Condition: ...
+
+
+class ClassConditioner(nn.Module):
+    """One learned row per class, and a last one for "no class"; it is the start row and the modulation at once."""
+
+    conditions = ("class_labels",)
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding = nn.Embedding(num_classes + 1, width)
+
+    def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]:
+        return class_labels(request, self.num_classes, self.embedding.weight.device)
+
+    def forward(self, cond: dict[str, Tensor] | None, null_B: Tensor) -> Condition:
+        """Rows of the classes, those with `null_B` True as "no class"."""
+        labels = labels_where(cond, null_B, self.num_classes)
+        row = self.embedding(labels)
+        return Condition(row, row)
 
 
 class ScaleTransformer(nn.Module):
@@ -98,27 +119,42 @@ class ScaleTransformer(nn.Module):
         rows = Rows.of(self.layout.level_N[self.layout.offsets[first] : self.layout.offsets[last]])
         # nothing reads the rows of the last scale later, so they take no slot of the cache
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
+        return self._run(x, c, mask, cache)
+
+    def apart(self, c: Condition, x_BNC: Tensor, scales: Sequence[int], see: See) -> Tensor:
+        """Hidden rows of scale 0 and of some others alone, in one pass under any rule; x holds the others' features."""
+        parts = x_BNC.split([self.layout.sizes[k] for k in scales], 1)
+        x = [self.embed(c, None, 0, 1), *(self.embed(c, part, k, k + 1) for k, part in zip(scales, parts, strict=True))]
+        rows = Rows.of(torch.cat([self.layout.level_N[self.layout.span(k)] for k in (0, *scales)]))
+        return self._run(torch.cat(x, 1), c, render(see, rows, rows), None)
+
+    def _run(self, x: Tensor, c: Condition, mask: Tensor | None, cache: Cache | None) -> Tensor:
         vector = c.vector
         if self.shared is not None:
             vector = self.shared(F.silu(c.vector)).view(-1, 6, self.width)
         return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, context=c.context))
 
     def init_weights(self, gate: float) -> None:
-        """VAR's initialisation: gates scaled by `gate`, a small head, residual outputs scaled with depth."""
-        width, depth, std = self.width, len(self.trunk), (1 / (3 * self.width)) ** 0.5
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+        """VAR's initialisation."""
+        initialise(self, self.trunk, self.head, self.width, gate)
         for position in (self.start_position, self.position):
-            nn.init.trunc_normal_(position, std=std)
-        with torch.no_grad():
-            self.head.linear.weight *= 0.02
-            self.head.project.weight *= 0.5
-            for block in self.trunk.blocks:
-                block.attn.out.weight /= (2 * depth) ** 0.5
-                block.ffn.down.weight /= (2 * depth) ** 0.5
-                vectors = block.modulation.vectors
-                vectors[: 2 * width] *= gate
-                vectors[2 * width :] *= 0.5
+            nn.init.trunc_normal_(position, std=(1 / (3 * self.width)) ** 0.5)
+
+
+def initialise(module: nn.Module, trunk: Trunk, head: AdaLNHead, width: int, gate: float) -> None:
+    """VAR's initialisation: gates scaled by `gate`, a small head, residual outputs scaled with depth."""
+    depth, std = len(trunk), (1 / (3 * width)) ** 0.5
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if getattr(part, "bias", None) is not None:
+                nn.init.zeros_(part.bias)
+    with torch.no_grad():
+        head.linear.weight *= 0.02
+        head.project.weight *= 0.5
+        for block in trunk.blocks:
+            block.attn.out.weight /= (2 * depth) ** 0.5
+            block.ffn.down.weight /= (2 * depth) ** 0.5
+            vectors = block.modulation.vectors
+            vectors[: 2 * width] *= gate
+            vectors[2 * width :] *= 0.5

@@ -8,7 +8,6 @@ of the condition have cos = sin = 0, so every query weighs them alike and they s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -29,7 +28,8 @@ from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.grid import GridVQ, GridVQConfig
 from arvis.tokenizers.patch import PatchConfig
 from arvis.tokens import Layout
-from arvis.weights import SAME_NAMES, Fuse, Key
+from arvis.weights import Key
+from arvis.weights.families import vqgan_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,47 +308,9 @@ RESULTS = tuple(
 # -- official names -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Recent:
-    """The official ring of used ids is ours; the average of hits starts as its counts."""
-
-    def to_ours(self, official: Sequence[Tensor], own: Sequence[Tensor]) -> Sequence[Tensor]:
-        ring, hits = official[0], own[1]
-        if ring.is_meta:
-            return [ring, hits]
-        return [ring, torch.bincount(ring.long(), minlength=len(hits))[: len(hits)].to(hits.dtype)]
-
-    def to_official(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [ours[0].float()]
-
-
 def tokenizer_keys(config: GridVQConfig) -> tuple[Key, ...]:
-    """Official names of a convolutional tokenizer; the decoder's list runs from its lowest resolution up."""
-    if config.cnn is None:
-        return SAME_NAMES
-    last = len(config.cnn.decoder_ch_mult or config.cnn.ch_mult) - 1
-    places = [("encoder.down.{l}", "encoder.conv_blocks.{l}")]
-    places += [(f"decoder.up.{last - i}", f"decoder.conv_blocks.{i}") for i in range(last + 1)]
-    rows: list[Key] = []
-    for ours, theirs in places:
-        rows += [
-            Key(f"{ours}.block.{{j}}.{{p*}}", f"{theirs}.res.{{j}}.{{p*}}"),
-            _qkv(f"{ours}.attn.{{j}}", f"{theirs}.attn.{{j}}"),
-            Key(f"{ours}.{{p*}}", f"{theirs}.{{p*}}"),
-        ]
-    return (
-        *rows,
-        Key("{side}.mid.block_1.{p*}", "{side}.mid.0.{p*}"),
-        _qkv("{side}.mid.attn_1", "{side}.mid.1"),
-        Key("{side}.mid.attn_1.{p*}", "{side}.mid.1.{p*}"),
-        Key("{side}.mid.block_2.{p*}", "{side}.mid.2.{p*}"),
-        Key(("recent.ring", "hits"), "quantize.codebook_used", Recent(), optional=True),
-        *SAME_NAMES,
-    )
-
-
-def _qkv(ours: str, theirs: str) -> Key:
-    return Key(f"{ours}.qkv.{{p}}", tuple(f"{theirs}.{x}.{{p}}" for x in "qkv"), Fuse(3))
+    """Official names of a convolutional tokenizer."""
+    return vqgan_keys(config.backbone)
 
 
 TRANSFORMER_KEYS = (

@@ -9,6 +9,7 @@ class embedding also modulates every block. Guidance grows with the scale: (1 + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -29,19 +30,19 @@ from arvis.nn.adaln import (
     Temperature,
 )
 from arvis.nn.cache import Cache
-from arvis.nn.request import class_labels, labels_where
-from arvis.nn.scales import Condition, Conditioner, ScaleTransformer, stacked, unstacked
+from arvis.nn.scales import ClassConditioner, Condition, Conditioner, ScaleTransformer, stacked, unstacked
 from arvis.noise import Source
 from arvis.orders import by_level
 from arvis.published import File, Preset, Result
 from arvis.rows import Rows, See, render, upto
 from arvis.sampling import mix, per_item, temper, top_k, top_p, var_cfg
-from arvis.state import Cond, State
+from arvis.state import Cond, Lesson, State
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
 from arvis.tokens import Layout, Pin, Space, pyramid
-from arvis.weights import SAME_NAMES, Constant, Key, Rearrange
+from arvis.weights import SAME_NAMES, Constant, Key
+from arvis.weights.families import ADALN_KEYS
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -80,26 +81,6 @@ class VARConfig:
     adaln_init: float = 1e-3
 
 
-class ClassConditioner(nn.Module):
-    """One learned row per class, and a last one for "no class"; it is the start row and the modulation at once."""
-
-    conditions = ("class_labels",)
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.embedding = nn.Embedding(num_classes + 1, width)
-
-    def prepare(self, request: dict[str, Any]) -> Cond:
-        return class_labels(request, self.num_classes, self.embedding.weight.device)
-
-    def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
-        """Rows of the classes, those with `null_B` True as "no class"."""
-        labels = labels_where(cond, null_B, self.num_classes)
-        row = self.embedding(labels)
-        return Condition(row, row)
-
-
 class VAR(nn.Module):
     """The three verbs over scales. `see` is the visibility between scales: `upto` for VAR."""
 
@@ -130,7 +111,7 @@ class VAR(nn.Module):
         self, cond: Cond | None, sampling: Any, noise: Source, layout: Layout | None = None, given: Pin | None = None
     ) -> State:
         items, layout = len(noise), self._layout(layout)
-        device = self.transformer.position.device
+        device = self.transformer.start_position.device
         scale = per_item(sampling.cfg_scale, items)
         ramp = torch.arange(layout.K) / max(layout.K - 1, 1)
         t = scale[:, None] * ramp  # t = cfg k / (K - 1): [B, K]
@@ -158,6 +139,11 @@ class VAR(nn.Module):
         return s
 
     def predict(self, s: State) -> Categorical:
+        logits = self.transformer.head(self.hidden(s), unstacked(s.more).vector)
+        return self.drawn(s, logits, s.at())
+
+    def hidden(self, s: State) -> Tensor:
+        """Hidden rows [B*G, n, D] of the next scale, after those of the scales that are pending."""
         k, layout, cache = s.at(), s.layout, s.cache["trunk"]
         cache.forget(k)
         first = layout.offsets.index(cache.end)  # scales first..k are pending
@@ -165,13 +151,14 @@ class VAR(nn.Module):
             x = None if k == 0 else self.tokenizer.next_input(s.more["f"], k, layout)
         else:
             x = self.tokenizer.inputs(s.tokens, layout, first, k + 1)
-        c = unstacked(s.more)
-        h = self.transformer(c, x, first, k + 1, self.see, cache)[:, -layout.sizes[k] :]
-        logits = self.transformer.head(h, c.vector).unflatten(0, (len(s), -1))  # [B, G, n, V]
-        logits = mix(logits, s.weight(k))[:, :, None]
+        return self.transformer(unstacked(s.more), x, first, k + 1, self.see, cache)[:, -layout.sizes[k] :]
+
+    def drawn(self, s: State, logits: Tensor, k: int) -> Categorical:
+        """What is drawn by logits [B*G, n, V] of the next scale: guided as at step k, tempered and filtered."""
+        logits = mix(logits.unflatten(0, (len(s), -1)), s.weight(k))[:, :, None]  # [B, n, 1, V]
         logits = top_p(top_k(temper(logits, s.knobs["temperature"]), s.knobs["top_k"]), s.knobs["top_p"])
-        where = torch.arange(layout.offsets[k], layout.offsets[k + 1], device=logits.device)[None]
-        return Categorical(where, logits, at=k)
+        here = s.layout.span(s.at())
+        return Categorical(torch.arange(here.start, here.stop, device=logits.device)[None], logits, at=s.at())
 
     def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
         k = s.at()
@@ -202,18 +189,28 @@ class VAR(nn.Module):
         batch: "tokens" [B, N, 1], or "image" [B, 3, Y, X] in [-1, 1] to be encoded; and the conditions. With "levels"
         only so many coarse scales are learned, at a fraction of the cost (progressive training).
         """
+        return self.lesson(batch, noise).losses
+
+    def lesson(self, batch: dict[str, Any], noise: Source) -> Lesson:
+        """The same step of teacher forcing with what it was about."""
         layout = self._layout(None)
         last = min(batch.get("levels") or layout.K, layout.K)
         with torch.no_grad():
             tokens = batch["tokens"] if "tokens" in batch else self.latents(batch["image"])["tokens"]
-        null = noise.uniform("drop", 0, ()).to(tokens.device) < self.label_drop
-        c = self.transformer.conditioner(self.prepare(batch), null)
+        null, cond = noise.uniform("drop", 0, ()).to(tokens.device) < self.label_drop, self.prepare(batch)
+        c = self.transformer.conditioner(cond, null)
         tokens = tokens[:, : layout.offsets[last]]
-        logits = self._teacher(tokens, c, layout, last).logits
-        nats = F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
-        hit = (logits.detach().argmax(-1) == tokens)[..., 0].float()
+        d = self._teacher(tokens, c, layout, last)
+        nats = F.cross_entropy(d.logits.flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
+        hit = (d.logits.detach().argmax(-1) == tokens)[..., 0].float()
         per_scale = {f"nats_{k}": nats[:, layout.span(k)].mean().detach() for k in range(last)}
-        return {"loss": nats.mean(), "accuracy": hit.mean(), **per_scale}
+        return Lesson(tokens, layout, cond, d, {"loss": nats.mean(), "accuracy": hit.mean(), **per_scale})
+
+    def one_pass(self, x_BNC: Tensor, c: Condition, layout: Layout, scales: Sequence[int], see: See) -> Categorical:
+        """The distributions of scale 0 and of `scales` alone under any inputs of these and any visibility."""
+        layout = self._layout(layout)
+        h = self.transformer.apart(c, x_BNC, scales, see)
+        return Categorical(layout.where(0, *scales), self.transformer.head(h, c.vector)[:, :, None])
 
     def _layout(self, layout: Layout | None) -> Layout:
         own = self.transformer.layout
@@ -415,32 +412,8 @@ TOKENIZER_KEYS = (
 
 TRANSFORMER_KEYS = (
     Key("conditioner.embedding.weight", "class_emb.weight"),
-    Key("word.{p}", "word_embed.{p}"),
-    Key("start_position", "pos_start"),
-    Key("position", "pos_1LC"),
     Key("level.weight", "lvl_embed.weight"),
-    Key("shared.{p}", "shared_ada_lin.1.{p}"),
-    Key("trunk.blocks.{i}.modulation.project.{p}", "blocks.{i}.ada_lin.1.{p}"),
-    Key("trunk.blocks.{i}.modulation.offset", "blocks.{i}.ada_gss", Rearrange("1 1 six c -> 1 six c")),
-    Key("trunk.blocks.{i}.attn.qkv.weight", "blocks.{i}.attn.mat_qkv.weight"),
-    Key("trunk.blocks.{i}.attn.q_bias", "blocks.{i}.attn.q_bias"),
-    Key("trunk.blocks.{i}.attn.v_bias", "blocks.{i}.attn.v_bias"),
-    Key(
-        (),
-        "blocks.{i}.attn.zero_k_bias",
-        Constant(torch.zeros_like),
-        like="trunk.blocks.{i}.attn.q_bias",
-    ),
-    Key(
-        "trunk.blocks.{i}.attn.temperature.log_scale",
-        "blocks.{i}.attn.scale_mul_1H11",
-        Rearrange("1 h 1 1 -> h 1 1"),
-    ),
-    Key("trunk.blocks.{i}.attn.out.{p}", "blocks.{i}.attn.proj.{p}"),
-    Key("trunk.blocks.{i}.ffn.up.{p}", "blocks.{i}.ffn.fc1.{p}"),
-    Key("trunk.blocks.{i}.ffn.down.{p}", "blocks.{i}.ffn.fc2.{p}"),
-    Key("head.project.{p}", "head_nm.ada_lin.1.{p}"),
-    Key("head.linear.{p}", "head.{p}"),
+    *ADALN_KEYS,
 )
 
 
