@@ -8,6 +8,7 @@ source. Rows are control data and live on the host.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,6 +37,13 @@ class Rows(NamedTuple):
     @property
     def count(self) -> int:
         return self.step.shape[1]
+
+    @property
+    def runs(self) -> list[tuple[int, slice]]:
+        """Each step and where its rows are, of rows that lie step by step and alike in every item."""
+        steps, counts = (x.tolist() for x in torch.unique_consecutive(self.step[0], return_counts=True))
+        stops = list(itertools.accumulate(counts))
+        return [(k, slice(stop - n, stop)) for k, n, stop in zip(steps, counts, stops, strict=True)]
 
 
 See = Callable[[Rows, Rows], Tensor]

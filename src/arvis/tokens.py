@@ -87,6 +87,11 @@ class Layout:
         return torch.tensor(levels, dtype=torch.int32, device="cpu")
 
     @cached_property
+    def place_N(self) -> Tensor:
+        """The place of each position among those of its level, int32 [N], on the host."""
+        return torch.cat([torch.arange(size, dtype=torch.int32, device="cpu") for size in self.sizes])
+
+    @cached_property
     def coords_NA(self) -> Tensor:
         """Coordinates of each position inside its level, int32 [N, A], on the host; missing axes are 0."""
         axes = max(len(level) for level in self.levels)

@@ -6,6 +6,7 @@ A block is given its parts; rotary positions come with the call.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,14 +17,23 @@ from arvis.nn.attention import attend, rotate
 from arvis.nn.trunk import Call
 from arvis.nn.wide import unrounded
 
+Look = Callable[[Tensor, Tensor, Tensor, Call, float], Tensor]
+"""softmax(scale q k^T) v [R, H, n, h] over the keys that each query sees, of q, k, v, the call and the scale."""
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float) -> Tensor:
+    """What the mask of the call shows."""
+    return attend(q, k, v, call.mask, scale)
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention; query and value have a bias, the key has none (it cancels in the softmax).
 
-    Queries and keys go through `temperature`, then are rotated where the call has a table.
+    Queries and keys go through `temperature`, then are rotated where the call has a table. `look` may know a shorter
+    way to what the mask shows.
     """
 
-    def __init__(self, width: int, heads: int, temperature: Temperature) -> None:
+    def __init__(self, width: int, heads: int, temperature: Temperature, look: Look = masked) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
@@ -32,7 +42,7 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.out = nn.Linear(width, width)
-        self.temperature = temperature
+        self.temperature, self.look = temperature, look
 
     def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
@@ -43,7 +53,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, call.table, "interleaved"), rotate(k, call.table, "interleaved")
         if call.cache is not None:
             k, v = call.cache.join(layer, k, v)
-        return self.out(attend(q, k, v, call.mask, self.temperature.scale).transpose(1, 2).flatten(2))
+        return self.out(self.look(q, k, v, call, self.temperature.scale).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arvis.nn.adaln import AdaLNBlock, AdaLNHead
+from arvis.nn.adaln import AdaLNHead
 from arvis.nn.cache import Cache
 from arvis.nn.request import class_labels, labels_where
 from arvis.nn.trunk import Call, Trunk
@@ -79,7 +79,7 @@ class ScaleTransformer(nn.Module):
     def __init__(
         self,
         conditioner: Conditioner,
-        blocks: Sequence[AdaLNBlock],
+        blocks: Sequence[nn.Module],
         *,
         layout: Layout,
         channels: int,
@@ -116,23 +116,30 @@ class ScaleTransformer(nn.Module):
     ) -> Tensor:
         """Hidden rows [B*G, R, D] of scales first..last-1, over the cache where there is one."""
         x = self.embed(c, x_BNC, first, last)
-        rows = Rows.of(self.layout.level_N[self.layout.offsets[first] : self.layout.offsets[last]])
+        rows = self.rows(*range(first, last))
         # nothing reads the rows of the last scale later, so they take no slot of the cache
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
-        return self._run(x, c, mask, cache)
+        return self._run(x, c, rows, mask, cache)
 
     def apart(self, c: Condition, x_BNC: Tensor, scales: Sequence[int], see: See) -> Tensor:
         """Hidden rows of scale 0 and of some others alone, in one pass under any rule; x holds the others' features."""
         parts = x_BNC.split([self.layout.sizes[k] for k in scales], 1)
         x = [self.embed(c, None, 0, 1), *(self.embed(c, part, k, k + 1) for k, part in zip(scales, parts, strict=True))]
-        rows = Rows.of(torch.cat([self.layout.level_N[self.layout.span(k)] for k in (0, *scales)]))
-        return self._run(torch.cat(x, 1), c, render(see, rows, rows), None)
+        rows = self.rows(0, *scales)
+        return self._run(torch.cat(x, 1), c, rows, render(see, rows, rows), None)
 
-    def _run(self, x: Tensor, c: Condition, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        vector = c.vector
-        if self.shared is not None:
-            vector = self.shared(F.silu(c.vector)).view(-1, 6, self.width)
-        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, context=c.context))
+    def rows(self, *scales: int) -> Rows:
+        """The rows of some scales; a row is tagged with its place in its scale."""
+        where = self.layout.where(*scales)[0]
+        return Rows.of(self.layout.level_N[where], self.layout.place_N[where])
+
+    def _run(self, x: Tensor, c: Condition, rows: Rows, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        call = Call(mask=mask, cache=cache, vector=self.modulation(c), context=c.context, rows=rows)
+        return self.trunk(x, call)
+
+    def modulation(self, c: Condition) -> Tensor:
+        """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""
+        return c.vector if self.shared is None else self.shared(F.silu(c.vector)).view(-1, 6, self.width)
 
     def init_weights(self, gate: float) -> None:
         """VAR's initialisation."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from arvis.nn.cache import Cache
+from arvis.rows import Rows
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Call:
 
     mask [B*G|B|1, 1, Q, K] bool or None; rotary table [B*G|B|1, R, h/2, 2]; cache; the modulation input `vector`
     [B*G, D]; cross-attention `context` = (keys [B*G, T, E], visible [B*G, T] bool or None). Mask and table of an item
-    serve all its guidance rows.
+    serve all its guidance rows. `rows` says which rows x holds, for blocks that go by their steps.
     """
 
     mask: Tensor | None = None
@@ -24,6 +25,7 @@ class Call:
     cache: Cache | None = None
     vector: Tensor | None = None
     context: tuple[Tensor, Tensor | None] | None = None
+    rows: Rows | None = None
 
 
 class Trunk(nn.Module):

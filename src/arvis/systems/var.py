@@ -24,10 +24,12 @@ from arvis.nn.adaln import (
     CrossAttention,
     FeedForward,
     FixedTemperature,
+    Look,
     OwnModulation,
     SelfAttention,
     SharedModulation,
     Temperature,
+    masked,
 )
 from arvis.nn.cache import Cache
 from arvis.nn.scales import ClassConditioner, Condition, Conditioner, ScaleTransformer, stacked, unstacked
@@ -98,6 +100,13 @@ class VAR(nn.Module):
         return {"tokenizer": self.tokenizer, "transformer": self.transformer}
 
     @property
+    def looks_back(self) -> bool:
+        """Whether a scale sees coarser ones. Where none does (a Markov rule) nothing is cached."""
+        scales = Rows.of(torch.arange(self.transformer.layout.K, device="cpu"))
+        mask = render(self.see, scales, scales)
+        return mask is None or bool(mask[0, 0].tril(-1).any())
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """The names that `prepare` reads in a request."""
         return self.transformer.conditioner.conditions
@@ -129,7 +138,7 @@ class VAR(nn.Module):
             weights=torch.stack(var_cfg(t) if guided else (torch.ones_like(t),), -1),
             knobs={name: per_item(getattr(sampling, name), items) for name in ("top_k", "top_p", "temperature")},
             given=given,
-            cache={"trunk": Cache(items, layout.offsets[-2])},
+            cache={"trunk": Cache(items, layout.offsets[-2])} if self.looks_back else {},
             more={"f": self.tokenizer.start(items, layout), **c},
         )
         if given is not None:
@@ -144,9 +153,11 @@ class VAR(nn.Module):
 
     def hidden(self, s: State) -> Tensor:
         """Hidden rows [B*G, n, D] of the next scale, after those of the scales that are pending."""
-        k, layout, cache = s.at(), s.layout, s.cache["trunk"]
-        cache.forget(k)
-        first = layout.offsets.index(cache.end)  # scales first..k are pending
+        k, layout, cache = s.at(), s.layout, s.cache.get("trunk")
+        first = k
+        if cache is not None:
+            cache.forget(k)
+            first = layout.offsets.index(cache.end)  # scales first..k are pending
         if first == k:
             x = None if k == 0 else self.tokenizer.next_input(s.more["f"], k, layout)
         else:
@@ -242,7 +253,7 @@ def smooth(system: VAR, cond: Cond | None, sampling: Any, noise: Source) -> Tens
 # -- assembly and presets -----------------------------------------------------------------------------------------
 
 
-def adaln_block(config: VARConfig, layer: int, context_width: int = 0) -> AdaLNBlock:
+def adaln_block(config: VARConfig, layer: int, context_width: int = 0, look: Look = masked) -> AdaLNBlock:
     """Block `layer` of a configuration; stochastic depth grows linearly to `drop_path`."""
     width, heads = config.width, config.heads
 
@@ -255,7 +266,7 @@ def adaln_block(config: VARConfig, layer: int, context_width: int = 0) -> AdaLNB
     return AdaLNBlock(
         width,
         modulation=SharedModulation(width) if config.shared_aln else OwnModulation(width),
-        attn=SelfAttention(width, heads, temperature()),
+        attn=SelfAttention(width, heads, temperature(), look),
         cross=cross() if context_width else None,
         ffn=FeedForward(width, round(width * config.mlp_ratio)),
         eps=config.norm_eps,
@@ -268,12 +279,14 @@ def build(config: VARConfig) -> VAR:
     return assemble(config, ClassConditioner(config.num_classes, config.width))
 
 
-def assemble(config: VARConfig, conditioner: Conditioner, context_width: int = 0) -> VAR:
-    """A freshly initialised model over scales with any conditioner; its blocks read a context if it has a width."""
-    blocks = [adaln_block(config, i, context_width) for i in range(config.depth)]
+def assemble(
+    config: VARConfig, conditioner: Conditioner, context_width: int = 0, blocks: Sequence[nn.Module] = ()
+) -> VAR:
+    """A freshly initialised model over scales with any conditioner; its blocks read a context if it has a width, or
+    are those that are given."""
     transformer = ScaleTransformer(
         conditioner,
-        blocks,
+        blocks or [adaln_block(config, i, context_width) for i in range(config.depth)],
         layout=pyramid(config.tokenizer.patch_nums),
         channels=config.tokenizer.z_channels,
         codes=config.tokenizer.vocab_size,
