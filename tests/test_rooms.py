@@ -160,14 +160,12 @@ def named_systems(root: Path, slugs: set[str]) -> list[str]:
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
-                hit = next(
-                    (s for s in slugs - ELSEWHERE if re.fullmatch(rf"(.*\bsystems\.)?{s}(-[\w.]+)*", node.value)), ""
-                )
+                hits = {s for s in slugs - ELSEWHERE if re.fullmatch(rf"(.*\bsystems\.)?{s}(-[\w.]+)*", node.value)}
             else:
                 words = {word.lower() for given in _given(node) for word in _words(given)}
-                hit = next((s for s in slugs - ORDINARY if {s.replace("-", "_"), s.replace("-", "")} & words), "")
-            if hit and hit != system_beside(name).replace("_", "-"):
-                faults.append(f"{name}:{node.lineno} names the system {hit}")
+                hits = {s for s in slugs - ORDINARY if {s.replace("-", "_"), s.replace("-", "")} & words}
+            if hits and system_beside(name).replace("_", "-") not in hits:  # a hyphen may be all that tells two apart
+                faults.append(f"{name}:{node.lineno} names the system {min(hits)}")
     return faults
 
 

@@ -6,6 +6,8 @@ of any cached call is `render(see, rows, cache.rows)`: no index can be forgotten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ class Cache:
     """Keys and values of every layer, [B, G, H, slots, h], allocated once as zeros at the first use of a layer.
 
     Guidance rows live inside the item, so one gather on axis 0 moves everything. `extra` holds recurrent state or a
-    second stream; a system that writes there gives up roll-back.
+    second stream; a system that writes there gives up roll-back, but for the last step where it is by `remember`.
+    `limits` are slots of layers that see fewer rows than the others: the first so many.
     """
 
     def __init__(self, items: int, slots: int) -> None:
@@ -27,8 +30,10 @@ class Cache:
         self.step = torch.full((items, slots), NEVER, dtype=torch.int32)
         self.tag = torch.zeros((items, slots), dtype=torch.int32)
         self.end = 0
+        self.limits: dict[int, int] = {}
         self._at: int | Tensor = 0
         self._keep = True
+        self._oldest = NEVER  # the first step that recurrent state can go back to
 
     @property
     def slots(self) -> int:
@@ -48,7 +53,8 @@ class Cache:
         self.tag = torch.cat((self.tag, self.tag.new_zeros(len(self.tag), more)), 1)
         for stores in (self.k, self.v):
             for layer, x in stores.items():
-                stores[layer] = torch.cat((x, x.new_zeros(*x.shape[:3], more, x.shape[4])), 3)
+                if layer not in self.limits:
+                    stores[layer] = torch.cat((x, x.new_zeros(*x.shape[:3], more, x.shape[4])), 3)
 
     def place(self, see: See, rows: Rows, keep: bool = True, at: Tensor | None = None) -> Tensor | None:
         """Announce the rows of the next trunk call; returns the mask of their attention over the cache and themselves.
@@ -88,13 +94,14 @@ class Cache:
                 return new
             if isinstance(at, int) and at > 0:
                 raise ValueError(f"layer {layer} runs for the first time, but {at} rows were cached without it")
-            stores[layer] = fresh.new_zeros(*fresh.shape[:3], self.slots, fresh.shape[4])
+            slots = min(self.limits.get(layer, self.slots), self.slots)
+            stores[layer] = fresh.new_zeros(*fresh.shape[:3], slots, fresh.shape[4])
         store = stores[layer]
         if isinstance(at, Tensor):
             item = torch.arange(items, device=new.device)[:, None]
             store[item, :, :, at.to(new.device)] = fresh.permute(0, 3, 1, 2, 4)
             return store[:, :, :, : self.end].flatten(0, 1)
-        if not self._keep and (at + count > self.slots or fresh.shape[1] != store.shape[1]):
+        if not self._keep and (at + count > store.shape[3] or fresh.shape[1] != store.shape[1]):
             past = store[:, :, :, :at].expand(-1, fresh.shape[1], -1, -1, -1)
             return torch.cat((past, fresh), 3).flatten(0, 1)
         store[:, :, :, at : at + count] = fresh
@@ -106,10 +113,36 @@ class Cache:
         late = (self.step >= limit) & (self.step < NEVER)
         if not bool(late.any()):
             return
-        if self.extra:
-            raise ValueError(f"a cache with recurrent state ({sorted(self.extra)}) cannot be rolled back")
+        if self.extra and bool((torch.as_tensor(limit) < self._oldest).any()):
+            raise ValueError(
+                f"a cache with recurrent state ({sorted(self.extra)}) cannot be rolled back to step {step}; "
+                "start anew, or fork the state before the step"
+            )
         self.step[late] = NEVER
         self._trim()
+
+    def remember(self, layer: int, step: int, states: Sequence[Tensor]) -> None:
+        """Recurrent states [B*G, ...] of a layer before a step, unless the rows placed last are not kept. Those before
+        the step before it stay, so that the last step can be repeated."""
+        if not self._keep:
+            return
+        self._oldest = step - 1 if self._oldest == NEVER else max(self._oldest, step - 1)
+        for i, state in enumerate(states):
+            fresh = state.unflatten(0, (len(self.step), -1))
+            if (name := f"{layer}.{i}") not in self.extra:
+                self.extra[name] = fresh.new_zeros(*fresh.shape[:2], 2, *fresh.shape[2:])
+            self.extra[name][:, :, step % 2] = fresh
+
+    def recall(self, layer: int, step: int) -> list[Tensor]:
+        """What was remembered of a layer before a step; nothing before step 0."""
+        stores = [self.extra[name] for name in self.extra if step > 0 and name.startswith(f"{layer}.")]
+        return [store[:, :, step % 2].flatten(0, 1) for store in stores]
+
+    def drop(self, layer: int) -> None:
+        """Free what is held of a layer that does not run again."""
+        for store in (self.k, self.v):
+            store.pop(layer, None)
+        self.extra = {name: x for name, x in self.extra.items() if not name.startswith(f"{layer}.")}
 
     def keep(self, first_B: Tensor, nodes_BP: Tensor) -> None:
         """Of the rows from slot first_B[b] on, keep nodes_BP[b] (padded with -1) in that order, side by side and
@@ -134,6 +167,7 @@ class Cache:
         """The cache of items `rows`."""
         host, out = rows.cpu(), Cache(0, 0)
         out.step, out.tag, out.end = self.step[host], self.tag[host], self.end
+        out.limits, out._oldest = self.limits, self._oldest
         for name in ("k", "v", "extra"):
             setattr(out, name, {key: x[rows.to(x.device)] for key, x in getattr(self, name).items()})
         return out
@@ -148,6 +182,7 @@ class Cache:
             c.reserve(slots)
         out.step, out.tag = torch.cat([c.step for c in caches]), torch.cat([c.tag for c in caches])
         out.end = max(c.end for c in caches)
+        out.limits, out._oldest = caches[0].limits, max(c._oldest for c in caches)
         for name in ("k", "v"):
             stores = [getattr(c, name) for c in caches]
             like = {layer: x for store in stores for layer, x in store.items()}

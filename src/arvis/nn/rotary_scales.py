@@ -153,7 +153,7 @@ class RotaryScaleTransformer(nn.Module):
         x = self.embed(c, x_BNC, first)
         level = self.level(level_R.to(x.device))
         vector, table = self.modulation(c.vector), self.table(layout)[:, span]
-        call = Call(mask=mask, table=table, cache=cache, vector=vector, context=c.context)
+        call = Call(mask=mask, table=table, cache=cache, vector=vector, context=c.context, rows=rows)
         at = 0
         for stop in sorted({*self.told_before, *(i + 1 for i in taps), len(self.trunk)} - {0}):
             x = x + level if at in self.told_before else x

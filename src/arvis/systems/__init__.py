@@ -24,6 +24,7 @@ SYSTEMS: dict[str, Row] = {
     "brush": Row("system", "The model in the box: text to 64x64 pictures of the emoji world"),
     "infinity": Row("system", "Text to images by next-scale prediction of independent bits"),
     "llamagen": Row("system", "Next-token prediction of VQGAN codes, row by row, with a plain Llama decoder"),
+    "m-var": Row("system", "VAR with attention inside each scale and a state space from scale to scale"),
     "mar": Row("system", "Masked autoregression over continuous tokens with a diffusion head"),
     "maskgit": Row("system", "Masked codes guessed all at once and kept by confidence, on a bidirectional transformer"),
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
