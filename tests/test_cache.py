@@ -118,6 +118,42 @@ def test_a_recurrent_state_cannot_be_rolled_back() -> None:
         Cache.stack([cache, Cache(1, 4)])
 
 
+def test_a_recurrent_state_that_is_remembered_can_repeat_the_last_step() -> None:
+    cache = Cache(ITEMS, 4)
+    for k in range(3):
+        cache.place(upto, Rows.of(torch.tensor([k])))
+        cache.remember(5, k + 1, [torch.full((ITEMS, 3), k + 1.0), torch.full((ITEMS,), -k - 1.0)])
+    assert cache.recall(5, 0) == []
+    assert [float(x[0].sum()) for x in cache.recall(5, 3)] == [9.0, -3.0]
+    cache.forget(2)
+    assert cache.end == 2
+    assert [float(x[0].sum()) for x in cache.recall(5, 2)] == [6.0, -2.0]
+    cache.place(upto, Rows.of(torch.tensor([2])), keep=False)
+    cache.remember(5, 3, [torch.zeros(ITEMS, 3), torch.zeros(ITEMS)])
+    assert float(cache.recall(5, 3)[0].sum()) == 9.0 * ITEMS, "rows that are not kept leave no state"
+    two = Cache.stack([cache.take(torch.tensor([1])), cache.take(torch.tensor([0]))])
+    for c in (cache, two):
+        with pytest.raises(ValueError, match=r"recurrent state .* cannot be rolled back to step 1"):
+            c.forget(1)
+    cache.drop(5)
+    assert not cache.extra
+
+
+def test_a_layer_of_fewer_rows_takes_fewer_slots() -> None:
+    cache, x = Cache(ITEMS, 6), parts(qkv(6, "x"), 1, 2, 3)
+    cache.limits = {1: 3}
+    for k, part in enumerate(x):
+        cache.place(upto, Rows.of(torch.full((k + 1,), k)))
+        for layer in (0, 1) if k < 2 else (0,):
+            k_all, _ = cache.join(layer, *part[1:])
+            assert torch.equal(k_all, torch.cat([p[1] for p in x[: k + 1]], 2))
+    assert [cache.k[layer].shape[3] for layer in (0, 1)] == [6, 3]
+    cache.reserve(8)
+    assert [cache.take(torch.tensor([1])).v[layer].shape[3] for layer in (0, 1)] == [8, 3]
+    cache.drop(1)
+    assert sorted(cache.k) == sorted(cache.v) == [0]
+
+
 def test_a_layer_cannot_join_late() -> None:
     cache = Cache(ITEMS, 4)
     step(cache, Rows.of(torch.tensor([0])), qkv(1, "x"))
