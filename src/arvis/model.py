@@ -19,7 +19,7 @@ from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_te
 from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
 from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
 from arvis.noise import Noise
-from arvis.state import Parallel
+from arvis.state import Parallel, Resizable
 from arvis.tokens import Layout, Pin
 from arvis.training.precision import Choice, Precision, pick
 from arvis.walk import generate, likelihood
@@ -154,12 +154,13 @@ class Model:
         """The steps of `generate`, coarse to fine. Stop iterating to cancel; call `pictures` before the next step."""
         if n < 1:
             raise ValueError(f"n is the number of pictures, at least 1, got {n}")
-        layout, sampling = self.layout, self.sampling(settings)
+        sampling = self.sampling(settings)
+        layout = self._layout(sampling)
         with self._running():
             cond = self.system.prepare(self._request(prompt, class_labels))
             prompts = len(next(iter(cond.values()), [None]))
             given = self._given(image, mask, layout)
-            self._affordable(n * prompts)
+            self._affordable(n * prompts, layout)
             seeds = Noise.of(seed, n, self.device).seed_B.repeat(prompts)
             which = torch.arange(n * prompts, device=self.device) // n
         batches = [slice(first, first + BATCH) for first in range(0, n * prompts, BATCH)]
@@ -210,9 +211,7 @@ class Model:
         """The tokens [B, N, S] of pictures, which are cropped to the model's size."""
         if not pictures:
             raise ValueError("at least one picture is needed, got none")
-        with self._running():
-            parts = [pictures[first : first + BATCH] for first in range(0, len(pictures), BATCH)]
-            return torch.cat([self.system.tokenizer.encode(self._batch(part), self.layout) for part in parts])
+        return self._tokens(pictures, self.layout)
 
     def log_prob(
         self,
@@ -254,8 +253,22 @@ class Model:
         with self._running():
             return [to_pil(x) for x in decode()]
 
-    def _batch(self, pictures: Sequence[Picture]) -> Tensor:
-        cropped = [to_tensor(centre_crop(_open(p), self.size)) for p in pictures]
+    def _layout(self, sampling: Any) -> Layout:
+        """Where the tokens of a generation lie, which is a setting of some systems."""
+        return self.system.layout(sampling) if isinstance(self.system, Resizable) else self.layout
+
+    def _pixels(self, layout: Layout) -> tuple[int, int]:
+        """(Y, X) pixels of a picture whose tokens lie like this."""
+        (y, x), cell = layout.levels[-1], self.system.tokenizer.config.downsample
+        return y * cell, x * cell
+
+    def _tokens(self, pictures: Sequence[Picture], layout: Layout) -> Tensor:
+        with self._running():
+            parts = [pictures[first : first + BATCH] for first in range(0, len(pictures), BATCH)]
+            return torch.cat([self.system.tokenizer.encode(self._batch(part, layout), layout) for part in parts])
+
+    def _batch(self, pictures: Sequence[Picture], layout: Layout) -> Tensor:
+        cropped = [to_tensor(centre_crop(_open(p), self._pixels(layout))) for p in pictures]
         return to_network(torch.stack(cropped)).to(self.device)
 
     def _request(
@@ -280,13 +293,13 @@ class Model:
         except TypeError:
             raise ValueError(f"class_labels are whole numbers, got {class_labels!r}") from None
 
-    def _affordable(self, count: int) -> None:
+    def _affordable(self, count: int, layout: Layout) -> None:
         """ValueError where so many pictures would not fit into memory."""
-        bytes_each = 3 * self.size[0] * self.size[1]
+        y, x = self._pixels(layout)
+        bytes_each = 3 * y * x
         if count * bytes_each > MOST_BYTES:
-            shape = f"{self.size[1]}x{self.size[0]}"
             raise ValueError(
-                f"{count} pictures of {shape} take {count * bytes_each / 2**30:,.1f} GiB; one call makes at most "
+                f"{count} pictures of {x}x{y} take {count * bytes_each / 2**30:,.1f} GiB; one call makes at most "
                 f"{MOST_BYTES // bytes_each}: ask for fewer, several times, with other seeds"
             )
 
@@ -307,10 +320,10 @@ class Model:
                 f"the mask is {white.width}x{white.height}, the image {picture.width}x{picture.height}: "
                 "a mask has the shape of its image"
             )
-        keep = keep_tokens(self._batch([white])[0].mean(0) <= 0, layout)
+        keep = keep_tokens(self._batch([white], layout)[0].mean(0) <= 0, layout)
         if not keep[:, layout.span(layout.K - 1)].any():
             return None
-        return Pin(keep.to(self.device), self.tokens([picture]))
+        return Pin(keep.to(self.device), self._tokens([picture], layout))
 
     # -- files ----------------------------------------------------------------------------------------------------
 

@@ -240,6 +240,13 @@ class Windowed(Protocol):
         ...
 
 
+@runtime_checkable
+class Resizable(Protocol):
+    """Systems whose sampling settings say where the tokens lie: the number of steps, the size and shape of pictures."""
+
+    def layout(self, sampling: Any) -> Layout: ...
+
+
 class Lesson(NamedTuple):
     """One step of teacher forcing: tokens [B, N, S] and where they lie, the raw conditions, what was predicted (with
     its gradient), and the losses."""

@@ -44,7 +44,7 @@ from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
 from arvis.tokens import Layout, Pin, Space, pyramid
 from arvis.weights import SAME_NAMES, Constant, Key
-from arvis.weights.families import ADALN_KEYS
+from arvis.weights.families import ADALN_KEYS, mask_key
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -432,20 +432,11 @@ TRANSFORMER_KEYS = (
 
 def scale_keys(layout: Layout, see: See = upto) -> tuple[Key, ...]:
     """Two official buffers that hold what follows from the scales: the level of each token, and the additive mask."""
-    rows = Rows.of(layout.level_N)
 
     def level(like: Tensor) -> Tensor:
         return layout.level_N[None].to(like.device, torch.int64)
 
-    def bias(like: Tensor) -> Tensor:
-        visible = render(see, rows, rows)
-        out = like.new_zeros(1, 1, layout.n, layout.n)
-        return out if visible is None else out.masked_fill(~visible.to(like.device), float("-inf"))
-
-    return (
-        Key((), "lvl_1L", Constant(level), like="position"),
-        Key((), "attn_bias_for_masking", Constant(bias), like="position"),
-    )
+    return Key((), "lvl_1L", Constant(level), like="position"), mask_key(layout, see)
 
 
 def keys(config: VARConfig) -> dict[str, tuple[Key, ...]]:

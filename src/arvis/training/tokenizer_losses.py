@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arvis.noise import Noise
+from arvis.quant.multiscale import area
 from arvis.tokenizers import Trainable
 from arvis.training.adversarial import Adversary
 
@@ -60,15 +61,17 @@ def tokenizer_loss(
 ) -> dict[str, Tensor]:
     """ "loss", its terms, PSNR in dB, and the tokenizer's own metrics (usage, perplexity); "loss_adversary" with a GAN.
 
-    `batch["image"]` is [B, 3, H, W] in [-1, 1]. `updates` is the number of updates done before: the codebook's
-    statistics are kept and dead codes revived; None (validation) changes nothing. Usage is that of the moving average
-    of hits over past batches, the perplexity too.
+    `batch["image"]` is [B, 3, H, W] in [-1, 1]; a smaller picture that comes out is compared with averages over it.
+    `updates` is the number of updates done before: the codebook's statistics are kept and dead codes revived; None
+    (validation) changes nothing. Usage is that of the moving average of hits over past batches, the perplexity too.
     """
     x = batch["image"]
     layout = tokenizer.layout(tuple(x.shape[2:]))
     f = tokenizer.features(x)
     quantized = tokenizer.quantized(f, layout, noise)
     y = tokenizer.reconstruct(quantized.values)
+    if y.shape != x.shape:  # coded at a coarser size
+        x = area(x, tuple(y.shape[2:]))
     error = (y - x).float()
     terms = {
         "l1": error.abs().mean(),

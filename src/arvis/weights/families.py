@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arvis.rows import Rows, See, render, upto
 from arvis.tokenizers.backbone import Backbone
 from arvis.tokenizers.cnn import CNNConfig
+from arvis.tokens import Layout
 from arvis.weights.keys import SAME_NAMES, Key
 from arvis.weights.transforms import Constant, Fuse, Rearrange
 
@@ -86,3 +88,15 @@ ADALN_KEYS = (
     Key("head.linear.{p}", "head.{p}"),
 )
 """Of a transformer over scales, without its condition and its levels (VAR, arXiv 2404.02905)."""
+
+
+def mask_key(layout: Layout, see: See = upto, optional: bool = False) -> Key:
+    """The official buffer of such a transformer that holds the additive mask of its scales."""
+    rows = Rows.of(layout.level_N)
+
+    def bias(like: Tensor) -> Tensor:
+        visible = render(see, rows, rows)
+        out = like.new_zeros(1, 1, layout.n, layout.n)
+        return out if visible is None else out.masked_fill(~visible.to(like.device), float("-inf"))
+
+    return Key((), "attn_bias_for_masking", Constant(bias), like="position", optional=optional)
