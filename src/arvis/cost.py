@@ -51,7 +51,7 @@ class Machine:
 class Cost:
     """The work of one batch by phase ("start", "first step", "later steps", "decode"), and bytes of memory.
 
-    `weights` are all parameters and buffers, `cache` the keys and values at the end, and
+    `weights` are all parameters and buffers, `cache` the keys, values and recurrent states at the end, and
     `working` the most that lived at once beside both.
     """
 
@@ -174,7 +174,8 @@ def count(system: Any, sampling: Any, batch: int = 1, dtype: torch.dtype = torch
             d = system.predict(s)
             system.commit(s, d, d.sample(s.noise))
             cost.steps += 1
-        cost.cache = sum(counting.bytes(x) for c in s.cache.values() for x in (*c.k.values(), *c.v.values()))
+        held = (x for c in s.cache.values() for store in (c.k, c.v, c.extra) for x in store.values())
+        cost.cache = sum(map(counting.bytes, held))
         phase("decode")
         system.tokenizer.decode(s.tokens, s.layout)
     cost.working = max(0, counting.most - cost.cache)
