@@ -9,20 +9,18 @@ import pytest
 import torch
 
 from arvis.laws import REQUEST, Case, examine
-from arvis.nn.clip import _encoder, clip_features
+from arvis.nn.clip import ClipConditioner, CLIPConfig, _encoder, clip_features
+from arvis.nn.rotary_scales import normalised_table
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
 from arvis.parity.star import FirstOfBatch
 from arvis.systems.star import (
-    ClipConditioner,
-    CLIPConfig,
     FirstRow,
     Inside,
     Plan,
     Stable,
     STARSampling,
     build,
-    normalised_table,
     plan,
     reveal_counts,
     tiny,

@@ -72,6 +72,28 @@ _STYLES: dict[Style, Callable[[int, int, tuple[int, int], int], Tensor]] = {
     "own": _own,
 }
 
+
+@lru_cache(maxsize=64)
+def normalised_table(layout: Layout, dim: int, theta: float, span: float) -> Tensor:
+    """Rotary table [1, N, dim/2, 2] of (cos, sin) where every scale spans 0 to `span`: half for columns, half for rows.
+
+    Compat: angles in float32. A span of -1 counts cells instead.
+    """
+    if dim % 4:
+        raise ValueError(f"two axes of pairs need heads of a multiple of 4 channels, got {dim}")
+    with torch.inference_mode(False):  # it is kept, and may be needed for training later
+        rate = 1 / theta ** (torch.arange(0, dim, 4).float() / dim)
+        angles = []
+        for h, w in layout.levels:
+            y, x = (torch.arange(n).float() for n in (h, w))
+            if span != -1:
+                y, x = y / max(h - 1, 1) * span, x / max(w - 1, 1) * span
+            columns, rows = torch.outer(x, rate).expand(h, -1, -1), torch.outer(y, rate)[:, None].expand(-1, w, -1)
+            angles.append(torch.cat((columns, rows), -1).flatten(0, 1))
+        angle = torch.cat(angles)
+        return torch.stack((angle.cos(), angle.sin()), -1)[None]
+
+
 Tap = Callable[[Tensor], Tensor]
 """Hidden rows [B*G, R, D] -> what goes on in their place."""
 

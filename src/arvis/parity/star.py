@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arvis.nn.clip import CLIPConfig
 from arvis.nn.trunk import Call
 from arvis.noise import Recorded
 from arvis.parity.harness import Fixture
 from arvis.state import Cond
 from arvis.systems.star import (
     STAR,
-    CLIPConfig,
     Inside,
     STARConfig,
     STARSampling,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -32,8 +31,8 @@ from arvis.nn.adaln import (
     Temperature,
 )
 from arvis.nn.cache import Cache
-from arvis.nn.clip import clip_features
-from arvis.nn.request import prompts
+from arvis.nn.clip import ClipConditioner, CLIPConfig
+from arvis.nn.rotary_scales import normalised_table
 from arvis.nn.scales import Condition, unstacked
 from arvis.nn.text import TextConfig, TextEncoder
 from arvis.nn.trunk import Call, Trunk
@@ -77,15 +76,6 @@ class STARSampling:
     def plain(cls) -> Self:
         """The unguided, unfiltered law of the model."""
         return cls(cfg_scale=0.0, top_k=0, top_p=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLIPConfig:
-    """The frozen encoder of the latent diffusion model `repo`, `channels` wide; prompts are cut after `length`."""
-
-    repo: str = "stabilityai/stable-diffusion-2-1"
-    channels: int = 1024
-    length: int = 77
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,64 +132,6 @@ class STARConfig:
 # -- text ---------------------------------------------------------------------------------------------------------
 
 
-class ClipConditioner(nn.Module):
-    """Prompts as features of a frozen CLIP; "no prompt" is the empty prompt, or a negative one.
-
-    A request has a "prompt", or "text_features" [B, T, C], "text_pooled" [B, C] and, where not all are text,
-    "text_visible" [B, T]; "negative_prompt", or the same three of "negative", take the place of the empty prompt.
-    """
-
-    conditions = ("prompt",)
-
-    def __init__(self, config: CLIPConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.project = nn.Linear(config.channels, width)
-
-    def prepare(self, request: dict[str, Any]) -> Cond:
-        if "text_features" not in request:
-            request = {**request, "prompt": prompts(request)}
-        text = self._read(request, "text", "prompt")
-        null = self._read({"negative_prompt": "", **request}, "negative", "negative_prompt")
-        null = tuple(x.expand(len(text[0]), *x.shape[1:]) for x in null)
-        names = ("text", "pooled", "visible", "null_text", "null_pooled", "null_visible")
-        return dict(zip(names, (*text, *null), strict=True))
-
-    def _read(self, request: dict[str, Any], name: str, prompt: str) -> tuple[Tensor, ...]:
-        """(states, summary, visible) that a request has, or of the prompts in it."""
-        like, channels = self.project.weight, self.config.channels
-        if f"{name}_features" not in request:
-            told = request[prompt]
-            return self._features([told] if isinstance(told, str) else list(told))
-        states, pooled = (torch.as_tensor(request[f"{name}_{x}"]).to(like) for x in ("features", "pooled"))
-        visible = torch.as_tensor(request.get(f"{name}_visible", torch.ones(states.shape[:2])))
-        visible = visible.to(like.device, torch.bool)
-        shapes = tuple(states.shape), tuple(pooled.shape), tuple(visible.shape)
-        if states.dim() != 3 or shapes != ((*shapes[2], channels), (len(states), channels), shapes[0][:2]):
-            raise ValueError(
-                f"{name}_features are [B, T, {channels}], {name}_pooled [B, {channels}] and {name}_visible [B, T], "
-                f"got {shapes}"
-            )
-        return states, pooled, visible
-
-    def _features(self, told: list[str]) -> tuple[Tensor, ...]:
-        like, c = self.project.weight, self.config
-        if like.is_meta:  # shapes alone: no encoder is needed for them
-            one = like.new_zeros(len(told), c.length, c.channels)
-            return one, one[:, 0], torch.ones_like(one[..., 0], dtype=torch.bool)
-        states, pooled, visible = clip_features(told, c.repo, c.length, like.device)
-        return states.to(like), pooled.to(like), visible
-
-    def forward(self, cond: Cond | None, null_B: Tensor) -> Condition:
-        if cond is None:
-            text, pooled, visible = (x.expand(len(null_B), *x.shape[1:]) for x in self._features([""]))
-        else:
-            text = torch.where(null_B[:, None, None], cond["null_text"], cond["text"])
-            pooled = torch.where(null_B[:, None], cond["null_pooled"], cond["pooled"])
-            visible = torch.where(null_B[:, None], cond["null_visible"], cond["visible"])
-        return Condition(self.project(pooled), pooled, (text, visible))
-
-
 class WordConditioner(nn.Module):
     """Prompts as rows of an encoder that is trained along, the first of which is the summary."""
 
@@ -219,27 +151,6 @@ class WordConditioner(nn.Module):
 
 
 # -- the transformer ----------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=64)
-def normalised_table(layout: Layout, dim: int, theta: float, span: float) -> Tensor:
-    """Rotary table [1, N, dim/2, 2] of (cos, sin): half for columns, half for rows, each scale from 0 to `span`.
-
-    Compat: angles in float32. A span of -1 counts cells instead.
-    """
-    if dim % 4:
-        raise ValueError(f"two axes of pairs need heads of a multiple of 4 channels, got {dim}")
-    with torch.inference_mode(False):  # it is kept, and may be needed for training later
-        rate = 1 / theta ** (torch.arange(0, dim, 4).float() / dim)
-        angles = []
-        for h, w in layout.levels:
-            y, x = (torch.arange(n).float() for n in (h, w))
-            if span != -1:
-                y, x = y / max(h - 1, 1) * span, x / max(w - 1, 1) * span
-            columns, rows = torch.outer(x, rate).expand(h, -1, -1), torch.outer(y, rate)[:, None].expand(-1, w, -1)
-            angles.append(torch.cat((columns, rows), -1).flatten(0, 1))
-        angle = torch.cat(angles)
-        return torch.stack((angle.cos(), angle.sin()), -1)[None]
 
 
 class FirstRow(nn.Module):
