@@ -54,6 +54,8 @@ class State:
     """What changes shapes (solver length, mode). States of equal `kind` may share a batch."""
     ragged: bool = False
     """The system's verbs take items that stand at different steps."""
+    then: State | None = None
+    """A state of the same items that waits to go on in place of this one, as another model will."""
 
     def __post_init__(self) -> None:
         if len(self.weights) == 1 and len(self) > 1:
@@ -93,7 +95,8 @@ class State:
         k = None if self.ragged else self.at()
         ends = tuple((name, None if self.ragged else c.end) for name, c in self.cache.items())
         tensors = tuple((name, *v.shape[1:]) for d in (self.cond, self.knobs, self.more) for name, v in d.items())
-        return self.layout, self.K, self.key, k, self.weights.shape[1:], ends, tensors
+        then = None if self.then is None else self.then.kind
+        return self.layout, self.K, self.key, k, self.weights.shape[1:], ends, tensors, then
 
     def pin(self, where: Tensor) -> Pin | None:
         """The given tokens among positions `where`."""
@@ -133,6 +136,8 @@ def _take(value: Any, rows: Tensor) -> Any:
             return {name: _take(v, rows) for name, v in value.items()}
         case Pin() | Cache() | Noise() | Recorded():
             return value.take(rows)
+        case State():
+            return replace(value).take_(rows)
     return value
 
 
@@ -159,6 +164,8 @@ def _stack(values: list[Any]) -> Any:
             return Cache.stack(values)
         case Noise():
             return Noise.stack(values)
+        case State():
+            return join_states(values)
     if any(value != values[0] for value in values):
         raise ValueError(f"these cannot be joined: {values}")
     return values[0]
