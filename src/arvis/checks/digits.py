@@ -1,13 +1,24 @@
-"""The digits that small systems learn to draw: 1,797 real ones, which come with scikit-learn."""
+"""The digits that small systems learn to draw: 1,797 real ones, which come with scikit-learn.
+
+`learn_pictures` and `learn_tokens` are the stages in which they are learned, in run folders that are gone afterwards.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from arvis.checks.claims import OnStep
+from arvis.noise import Noise
+from arvis.training.fit import FitConfig, fit
+from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
 
 CLASSES = 10
 
@@ -40,3 +51,52 @@ def digits() -> Digits:
     images = F.interpolate(small, size=32, mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(found.target).long()[order]
     return Digits(images[:1500], labels[:1500], images[1500:], labels[1500:])
+
+
+def learn_pictures(tokenizer: Any, data: Digits, steps: int, on_step: OnStep) -> None:
+    """A tokenizer learns the training digits by squared error, from a codebook of their features; then it rests."""
+    with torch.no_grad():
+        tokenizer.init_(tokenizer.features(data.images[:256]), tokenizer.layout(), Noise.of(0))
+    terms = TokenizerLossConfig(l1=0.0, l2=1.0, vq=1.0, revive_every=0)
+    config = FitConfig(
+        steps=steps,
+        batch=32,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        schedule="constant",
+        clip=0.0,
+        precision="float32",
+    )
+    with tempfile.TemporaryDirectory(prefix="arvis-check-") as folder:
+        fit(
+            tokenizer,
+            lambda batch, noise: tokenizer_loss(tokenizer, batch, noise, terms, updates=batch["step"]),
+            lambda step: {"image": data.images[_rows(step, 32, data)]},
+            config,
+            Path(folder) / "run",
+            on_step=lambda info: on_step(),
+        )
+    tokenizer.eval().requires_grad_(False)
+
+
+def learn_tokens(
+    module: Any,
+    loss: Callable[[dict[str, Any], Noise], dict[str, Tensor]],
+    tokens: Tensor,
+    data: Digits,
+    config: FitConfig,
+    on_step: OnStep,
+) -> None:
+    """A generator learns the tokens of the training digits, with their labels, by its own loss."""
+
+    def batch(step: int) -> dict[str, Any]:
+        rows = _rows(step, config.batch, data)
+        return {"tokens": tokens[rows], "class_labels": data.labels[rows]}
+
+    with tempfile.TemporaryDirectory(prefix="arvis-check-") as folder:
+        fit(module, loss, batch, config, Path(folder) / "run", on_step=lambda info: on_step())
+
+
+def _rows(step: int, batch: int, data: Digits) -> Tensor:
+    return (Noise.of(1, batch).uniform("rows", step, ()) * len(data.images)).long()

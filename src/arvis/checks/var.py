@@ -6,25 +6,22 @@ class is what is drawn, and without a class it is not; the official sizes have t
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
-from arvis.checks.digits import CLASSES, Digits, digits
+from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.noise import Noise
 from arvis.rows import Rows, same
 from arvis.state import State
 from arvis.systems.var import PRESETS, VAR, VARConfig, VARSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
-from arvis.training.fit import FitConfig, fit
-from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
+from arvis.training.fit_config import FitConfig
 from arvis.walk import finish, generate
 
 PARAMETERS = {
@@ -61,62 +58,16 @@ def config() -> VARConfig:
 
 
 def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None) -> Trained:
-    """Tokenizer, then transformer, in run folders that are gone afterwards."""
+    """Tokenizer, then transformer."""
     data = digits() if data is None else data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         system = build(config())
-    with tempfile.TemporaryDirectory(prefix="arvis-check-") as folder:
-        _train_tokenizer(system, data, length.tokenizer, Path(folder) / "tokenizer", on_step)
-        _train_transformer(system, data, length.transformer, Path(folder) / "transformer", on_step)
-    return Trained(system.eval(), data)
-
-
-def _train_tokenizer(system: VAR, data: Digits, steps: int, run: Path, on_step: OnStep) -> None:
-    tokenizer = system.tokenizer
-    with torch.no_grad():
-        first = tokenizer.features(data.images[:256])
-        tokenizer.quantize.init_(first, tokenizer.layout(), Noise.of(0))
-    terms = TokenizerLossConfig(l1=0.0, l2=1.0, vq=1.0, revive_every=0)
-    fit(
-        tokenizer,
-        lambda batch, noise: tokenizer_loss(tokenizer, batch, noise, terms, updates=batch["step"]),
-        lambda step: {"image": data.images[_rows(step, 32, data)]},
-        FitConfig(
-            steps=steps,
-            batch=32,
-            lr=1e-3,
-            betas=(0.9, 0.999),
-            weight_decay=0.0,
-            schedule="constant",
-            clip=0.0,
-            precision="float32",
-        ),
-        run,
-        on_step=lambda info: on_step(),
-    )
-    tokenizer.eval().requires_grad_(False)
-
-
-def _train_transformer(system: VAR, data: Digits, steps: int, run: Path, on_step: OnStep) -> None:
+    learn_pictures(system.tokenizer, data, length.tokenizer, on_step)
     tokens = system.tokenizer.encode(data.images)
-
-    def batch(step: int) -> dict[str, Any]:
-        rows = _rows(step, 64, data)
-        return {"tokens": tokens[rows], "class_labels": data.labels[rows]}
-
-    fit(
-        system.transformer,
-        system.loss,
-        batch,
-        FitConfig(steps=steps, batch=64, lr=2e-3, schedule="constant", precision="float32"),
-        run,
-        on_step=lambda info: on_step(),
-    )
-
-
-def _rows(step: int, batch: int, data: Digits) -> Tensor:
-    return (Noise.of(1, batch).uniform("rows", step, ()) * len(data.images)).long()
+    fit = FitConfig(steps=length.transformer, batch=64, lr=2e-3, schedule="constant", precision="float32")
+    learn_tokens(system.transformer, system.loss, tokens, data, fit, on_step)
+    return Trained(system.eval(), data)
 
 
 # -- the claims -------------------------------------------------------------------------------------------------------
