@@ -122,6 +122,13 @@ def depths(parent_BL: Tensor) -> Tensor:
     return depth[:, 1:]
 
 
+def looks_back(see: See, steps: int) -> bool:
+    """Whether any of so many steps sees an earlier one; where none does (Markov orders) nothing has to be kept."""
+    rows = Rows.of(torch.arange(steps, device="cpu"))
+    mask = render(see, rows, rows)
+    return mask is None or bool(mask[0, 0].tril(-1).any())
+
+
 def render(see: See, q: Rows, k: Rows) -> Tensor | None:
     """The boolean mask [B|1, 1, Q, K] of a rule, or None when everything is visible. Keys of step NEVER are not."""
     queries = Rows(q.step[..., :, None], q.tag[..., :, None])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ SHOWN = 12
 """Pictures in a sample sheet."""
 MEASURED = 64
 """Pictures on which a stage is measured while it is trained, of those it learns from and of those held out."""
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A system whose training has stages of its own: what it does to its parameters before the first update."""
+
+    def begin_(self) -> None: ...
 
 
 class TokenizerStage(nn.Module):
@@ -85,6 +92,7 @@ class GeneratorStage(nn.Module):
         self._sampling = sampling(system, request.sampling or {})
         self._shown = {"prompt": first["prompt"][:SHOWN], "class_labels": first["class_labels"][:SHOWN]}
         system.tokenizer.requires_grad_(False)
+        _begin(system)
         if request.lora.rank:
             adapt(system, request.lora, self.blocks(system))
         if classes := getattr(batches.dataset, "classes", ()):  # the last label of the data, before the first step
@@ -113,6 +121,11 @@ class GeneratorStage(nn.Module):
             taken = {n: v[part].to(device) if isinstance(v, Tensor) else [v[i] for i in part] for n, v in batch.items()}
             total += float(self.loss(taken, Noise((1 + part).to(device)))["loss"]) * len(part)
         return total / len(rows)
+
+
+def _begin(system: object) -> None:
+    if isinstance(system, Begins):
+        system.begin_()
 
 
 def sampling(system: Any, settings: Any) -> Any:

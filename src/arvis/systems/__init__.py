@@ -24,6 +24,7 @@ SYSTEMS: dict[str, Row] = {
     "brush": Row("system", "The model in the box: text to 64x64 pictures of the emoji world"),
     "code": Row("system", "A large model drafts the coarse scales, a small one refines the fine ones"),
     "flexvar": Row("system", "Next-scale prediction without residuals, over any list of scales"),
+    "hmar": Row("system", "VAR without a past, whose scales are drawn again in parts by a second, masked branch"),
     "infinity": Row("system", "Text to images by next-scale prediction of independent bits"),
     "llamagen": Row("system", "Next-token prediction of VQGAN codes, row by row, with a plain Llama decoder"),
     "m-var": Row("system", "VAR with attention inside each scale and a state space from scale to scale"),

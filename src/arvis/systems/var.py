@@ -36,7 +36,8 @@ from arvis.nn.scales import ClassConditioner, Condition, Conditioner, ScaleTrans
 from arvis.noise import Source
 from arvis.orders import by_level
 from arvis.published import File, Preset, Result
-from arvis.rows import Rows, See, render, upto
+from arvis.quant.multiscale import Target, area_target
+from arvis.rows import See, looks_back, upto
 from arvis.sampling import mix, per_item, temper, top_k, top_p, var_cfg
 from arvis.state import Cond, Lesson, State
 from arvis.tokenizers.cnn import CNNConfig
@@ -100,13 +101,6 @@ class VAR(nn.Module):
         return {"tokenizer": self.tokenizer, "transformer": self.transformer}
 
     @property
-    def looks_back(self) -> bool:
-        """Whether a scale sees coarser ones. Where none does (a Markov rule) nothing is cached."""
-        scales = Rows.of(torch.arange(self.transformer.layout.K, device="cpu"))
-        mask = render(self.see, scales, scales)
-        return mask is None or bool(mask[0, 0].tril(-1).any())
-
-    @property
     def conditions(self) -> tuple[str, ...]:
         """The names that `prepare` reads in a request."""
         return self.transformer.conditioner.conditions
@@ -138,7 +132,7 @@ class VAR(nn.Module):
             weights=torch.stack(var_cfg(t) if guided else (torch.ones_like(t),), -1),
             knobs={name: per_item(getattr(sampling, name), items) for name in ("top_k", "top_p", "temperature")},
             given=given,
-            cache={"trunk": Cache(items, layout.offsets[-2])} if self.looks_back else {},
+            cache={"trunk": Cache(items, layout.offsets[-2])} if looks_back(self.see, layout.K) else {},
             more={"f": self.tokenizer.start(items, layout), **c},
         )
         if given is not None:
@@ -280,10 +274,14 @@ def build(config: VARConfig) -> VAR:
 
 
 def assemble(
-    config: VARConfig, conditioner: Conditioner, context_width: int = 0, blocks: Sequence[nn.Module] = ()
+    config: VARConfig,
+    conditioner: Conditioner,
+    context_width: int = 0,
+    blocks: Sequence[nn.Module] = (),
+    target: Target = area_target,
 ) -> VAR:
     """A freshly initialised model over scales with any conditioner; its blocks read a context if it has a width, or
-    are those that are given."""
+    are those that are given. `target` is what a scale of the tokenizer codes."""
     transformer = ScaleTransformer(
         conditioner,
         blocks or [adaln_block(config, i, context_width) for i in range(config.depth)],
@@ -295,7 +293,7 @@ def assemble(
         eps=config.norm_eps,
     )
     transformer.init_weights(config.adaln_init)
-    return VAR(PyramidVQ(config.tokenizer), transformer, label_drop=config.label_drop)
+    return VAR(PyramidVQ(config.tokenizer, target), transformer, label_drop=config.label_drop)
 
 
 def tokenizer_config(patch_nums: tuple[int, ...] = PATCH_NUMS_256) -> PyramidVQConfig:
@@ -445,12 +443,17 @@ def keys(config: VARConfig) -> dict[str, tuple[Key, ...]]:
     return {"tokenizer": TOKENIZER_KEYS, "transformer": (*TRANSFORMER_KEYS, *scales)}
 
 
-def tiny() -> VAR:
-    """The smallest complete VAR, for the laws."""
+def tiny_config() -> VARConfig:
+    """The smallest complete VAR."""
     tokenizer = PyramidVQConfig(
         patch_nums=(1, 2, 3),
         vocab_size=5,
         z_channels=4,
         cnn=CNNConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
     )
-    return build(VARConfig(tokenizer=tokenizer, depth=2, width=16, heads=2, num_classes=3, adaln_init=1.0))
+    return VARConfig(tokenizer=tokenizer, depth=2, width=16, heads=2, num_classes=3, adaln_init=1.0)
+
+
+def tiny() -> VAR:
+    """The smallest complete VAR, for the laws."""
+    return build(tiny_config())
