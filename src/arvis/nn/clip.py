@@ -41,8 +41,8 @@ def _encoder(repo: str, device: str) -> tuple[Any, Any]:
         raise ImportError(f"prompts are read by {repo}, which needs transformers: pip install 'arvis[text]'") from error
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     try:
-        tokenize = transformers.CLIPTokenizer.from_pretrained(repo, subfolder="tokenizer")
         encoder = transformers.CLIPTextModel.from_pretrained(repo, subfolder="text_encoder", dtype=dtype)
+        tokenize = transformers.CLIPTokenizer.from_pretrained(repo, subfolder="tokenizer")
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the text encoder {repo} cannot be loaded, from the hub or as a folder: {reason}") from error
