@@ -18,6 +18,7 @@ from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
 from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
 from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
+from arvis.nn.packed import pack
 from arvis.noise import Noise
 from arvis.state import Parallel, Resizable
 from arvis.tokens import Layout, Pin
@@ -58,7 +59,9 @@ class Progress:
 class Model:
     """A system with its weights, ready to use. `settings` are the sampling settings it is used with by default.
 
-    Networks run in the number format of `precision`; weights are float32.
+    Networks run in the number format of `precision`. Weights are float32, unless the model is `fast`: then they lie in
+    the format and layout of their products (`arvis.nn.packed`), which is quicker and takes less memory, most of all for
+    few pictures; such a model cannot be saved or adapted.
     """
 
     def __init__(
@@ -71,8 +74,11 @@ class Model:
         settings: Mapping[str, Any],
         source: Mapping[str, Any],
         precision: Choice = "float32",
+        fast: bool = False,
     ) -> None:
-        self.system = system.eval()
+        self.system, self.fast = system.eval(), fast
+        if fast:
+            pack(self.system)
         self.slug, self.name, self.config = slug, name, config
         self.settings, self.source = dict(settings), dict(source)
         self.precision: Precision = pick(self.device, precision)
@@ -328,7 +334,8 @@ class Model:
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and model.safetensors, the hub's layout; atomic."""
+        """Write config.json and model.safetensors, the hub's layout; atomic. ValueError for a fast model."""
+        self._plain("saved")
         source = {**self.source, "name": self.name, "sampling": self.settings}
         return save_pretrained(self.system, to_dict(self.config), folder, system=self.slug, source=source)
 
@@ -337,10 +344,15 @@ class Model:
 
         The model itself stays as it is. Raises WeightsError for adapters of another model, or of other weights.
         """
+        self._plain("adapted")
         own = Loaded(**{f.name: getattr(self, f.name) for f in fields(Loaded)})
         out = type(self)(**vars(with_adapters(own, path)))
         out.precision = self.precision
         return out
+
+    def _plain(self, what: str) -> None:
+        if self.fast:
+            raise ValueError(f"a fast model has no weights that could be {what}: load it with fast=False")
 
     @classmethod
     def from_pretrained(
@@ -349,6 +361,7 @@ class Model:
         *,
         device: str | torch.device = "cpu",
         precision: Choice = "float32",
+        fast: bool = False,
         revision: str = "main",
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -368,7 +381,7 @@ class Model:
             token=token,
             anyway=anyway,
         )
-        return cls(**vars(found), precision=precision)
+        return cls(**vars(found), precision=precision, fast=fast)
 
 
 def load(
@@ -376,6 +389,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     precision: Choice = "float32",
+    fast: bool = False,
     weights: Mapping[str, str | Path] | str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -387,7 +401,8 @@ def load(
     Models in the box load from the package. Others fetch their official files from the public hub, once, and are
     converted; the log says before which files, their size and licence, and the memory it takes. `weights` are files on
     disk instead: by part ({"transformer": "var_d16.pth"}), one official file, or a folder of them. `device` "auto" is a
-    GPU where there is one; `precision` "auto" computes in bfloat16 where that pays.
+    GPU where there is one; `precision` "auto" computes in bfloat16 where that pays; `fast` is for painting alone: the
+    same pictures sooner, but the model cannot be saved or adapted.
 
     KeyError names the nearest name. WeightsError says what does not fit: a tensor, with both shapes; the memory or the
     disk, with numbers (`anyway` tries it all the same).
@@ -401,7 +416,7 @@ def load(
         token=token,
         anyway=anyway,
     )
-    return Model(**vars(found), precision=precision)
+    return Model(**vars(found), precision=precision, fast=fast)
 
 
 def _open(picture: Picture) -> Image.Image:

@@ -27,6 +27,8 @@ def generate(
     image: Path | None = None,
     mask: str | None = None,
     device: str = "auto",
+    precision: Literal["auto", "float32", "bfloat16"] = "float32",
+    plain: bool = False,
     set: Set = (),
 ) -> None:
     """Paint pictures of a prompt (or of a class, where the model has classes: give its number or name).
@@ -41,6 +43,8 @@ def generate(
         image: A picture to repaint in part, together with --mask.
         mask: A picture that is white where --image is painted anew, or a box y0,x0,y1,x1 in fractions of it.
         device: cpu, cuda, or auto: a GPU where there is one.
+        precision: The number format of products; auto takes bfloat16 where that pays on this machine.
+        plain: Leave the weights as they are loaded, instead of laying them out for this machine: slower.
         set: Sampling settings, such as cfg_scale=3 top_k=100.
     """
     import arvis
@@ -52,7 +56,7 @@ def generate(
     if isinstance(where, Path) and max(read_image(where).convert("L").tobytes()) < 128:
         raise ValueError(f"{mask} has no white, and white marks what is painted anew")
     with log_lines():
-        loaded = arvis.load(model, device=device)
+        loaded = arvis.load(model, device=device, precision=precision, fast=not plain)
     settings = _settings(set, loaded)
     what: dict[str, Any] = {"prompt": prompt}
     if "class_labels" in loaded.system.conditions:

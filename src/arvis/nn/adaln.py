@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arvis.nn.attention import attend, rotate
+from arvis.nn.packed import gelu
 from arvis.nn.trunk import Call
 from arvis.nn.wide import unrounded
 
@@ -132,7 +133,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up, x))
 
 
 class OwnModulation(nn.Module):
