@@ -78,11 +78,12 @@ def fit(
     """Train `module`, on the device where it lies, and keep the run in the folder `run`.
 
     `data(step)` is the batch of an update, `config.batch` rows, a pure function of the step; the loop adds the step to
-    it, `batch["step"]`. `loss(batch, noise)` returns scalars: "loss" is minimised, those named by `config.parts` by
-    their own optimisers, the others are logged. Parameters with `requires_grad` False are left alone, and submodules
-    made only of such run in eval mode. `sample(step, folder)` is called in eval mode with the averaged weights, to
-    write pictures; scalars that it returns are logged. `blocks(module)` are the submodules to compile and to shard one
-    by one. `settings` is plain data for config.json (system, data).
+    it, `batch["step"]`, and of how many it is one, `batch["steps"]`. `loss(batch, noise)` returns scalars: "loss" is
+    minimised, those named by `config.parts` by their own optimisers, the others are logged. Parameters with
+    `requires_grad` False are left alone, and submodules made only of such run in eval mode. `sample(step, folder)` is
+    called in eval mode with the averaged weights, to write pictures; scalars that it returns are logged.
+    `blocks(module)` are the submodules to compile and to shard one by one. `settings` is plain data for config.json
+    (system, data).
 
     Under torchrun every process calls this with the same arguments; rank 0 writes, samples and calls `on_step`. With
     `shard` all ranks sample, in step, and only rank 0's pictures are kept.
@@ -233,7 +234,7 @@ class _Run:
             noise = Noise(batches.seeds(self.config.seed, self.step, part).to(self.device))
             with distributed.quiet(self.loss, last=part is parts[-1]):
                 with self.precision.around():
-                    taken = {"step": self.step, **batches.take(batch, part, self.device)}
+                    taken = {"step": self.step, "steps": self.config.steps, **batches.take(batch, part, self.device)}
                     losses = self.loss(taken, noise)
                 wanted = [self._scalar(losses, optimizer.part.loss) for optimizer in self.optimizers]
                 (sum(wanted[1:], wanted[0]) * share).backward()
