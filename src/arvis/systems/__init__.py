@@ -34,6 +34,7 @@ SYSTEMS: dict[str, Row] = {
     "star": Row(
         "system", "Text to images over VAR's scales up to 1024 pixels, with large scales drawn in causal steps"
     ),
+    "mvar": Row("system", "VAR without a past, whose large scales are seen through windows and learned apart"),
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
     "variant": Row("system", "One set of weights over scales, the depth of late scales chosen at run time"),
 }
