@@ -30,11 +30,11 @@ SYSTEMS: dict[str, Row] = {
     "m-var": Row("system", "VAR with attention inside each scale and a state space from scale to scale"),
     "mar": Row("system", "Masked autoregression over continuous tokens with a diffusion head"),
     "maskgit": Row("system", "Masked codes guessed all at once and kept by confidence, on a bidirectional transformer"),
+    "mvar": Row("system", "VAR without a past, whose large scales are seen through windows and learned apart"),
     "nfig": Row("system", "VAR whose scales code frequency bands of the picture, from the lowest to the highest"),
     "star": Row(
         "system", "Text to images over VAR's scales up to 1024 pixels, with large scales drawn in causal steps"
     ),
-    "mvar": Row("system", "VAR without a past, whose large scales are seen through windows and learned apart"),
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
     "variant": Row("system", "One set of weights over scales, the depth of late scales chosen at run time"),
 }
