@@ -269,3 +269,12 @@ def test_mask_and_table_of_an_item_serve_its_guidance_rows() -> None:
     trunk(torch.zeros(3 * ITEMS, 2, 4), Call(mask=mask, table=table), layers=[2, 0])
     assert [layer for _, layer in seen] == [2, 0] and len(trunk) == 3
     assert torch.equal(seen[0][0].mask, mask[[0, 0, 0, 1, 1, 1]]) and seen[0][0].table.shape == table.shape
+
+
+def test_keys_and_values_in_a_wider_format():
+    """A cache of at least float32 holds bfloat16 keys exactly and gives them back in float32."""
+    cache, k = Cache(1, 4, torch.float32), torch.randn(1, 1, 2, 3).bfloat16()
+    cache.place(upto, Rows.of(torch.arange(2)))
+    held, _ = cache.join(0, k, k)
+    assert held.dtype == torch.float32 and torch.equal(held, k.float())
+    assert cache.take(torch.tensor([0])).at_least == torch.float32

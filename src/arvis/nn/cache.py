@@ -20,10 +20,12 @@ class Cache:
 
     Guidance rows live inside the item, so one gather on axis 0 moves everything. `extra` holds recurrent state or a
     second stream; a system that writes there gives up roll-back, but for the last step where it is by `remember`.
-    `limits` are slots of layers that see fewer rows than the others: the first so many.
+    `limits` are slots of layers that see fewer rows than the others: the first so many. Keys and values lie in the
+    number format in which they come, or in `at_least` where that is wider.
     """
 
-    def __init__(self, items: int, slots: int) -> None:
+    def __init__(self, items: int, slots: int, at_least: torch.dtype | None = None) -> None:
+        self.at_least = at_least
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
         self.extra: dict[str, Tensor] = {}
@@ -95,11 +97,12 @@ class Cache:
             if isinstance(at, int) and at > 0:
                 raise ValueError(f"layer {layer} runs for the first time, but {at} rows were cached without it")
             slots = min(self.limits.get(layer, self.slots), self.slots)
-            stores[layer] = fresh.new_zeros(*fresh.shape[:3], slots, fresh.shape[4])
+            dtype = torch.promote_types(fresh.dtype, self.at_least or fresh.dtype)
+            stores[layer] = fresh.new_zeros(*fresh.shape[:3], slots, fresh.shape[4], dtype=dtype)
         store = stores[layer]
         if isinstance(at, Tensor):
             item = torch.arange(items, device=new.device)[:, None]
-            store[item, :, :, at.to(new.device)] = fresh.permute(0, 3, 1, 2, 4)
+            store[item, :, :, at.to(new.device)] = fresh.permute(0, 3, 1, 2, 4).to(store.dtype)
             return store[:, :, :, : self.end].flatten(0, 1)
         if not self._keep and (at + count > store.shape[3] or fresh.shape[1] != store.shape[1]):
             past = store[:, :, :, :at].expand(-1, fresh.shape[1], -1, -1, -1)
@@ -165,7 +168,7 @@ class Cache:
 
     def take(self, rows: Tensor) -> Cache:
         """The cache of items `rows`."""
-        host, out = rows.cpu(), Cache(0, 0)
+        host, out = rows.cpu(), Cache(0, 0, self.at_least)
         out.step, out.tag, out.end = self.step[host], self.tag[host], self.end
         out.limits, out._oldest = self.limits, self._oldest
         for name in ("k", "v", "extra"):
@@ -177,7 +180,7 @@ class Cache:
         """One cache of all items; slots that an item has not filled stay empty for it."""
         if any(tuple(c.extra) != tuple(caches[0].extra) for c in caches):
             raise ValueError(f"caches of unequal recurrent state cannot be joined: {[sorted(c.extra) for c in caches]}")
-        out, slots = Cache(0, 0), max(c.slots for c in caches)
+        out, slots = Cache(0, 0, caches[0].at_least), max(c.slots for c in caches)
         for c in caches:
             c.reserve(slots)
         out.step, out.tag = torch.cat([c.step for c in caches]), torch.cat([c.tag for c in caches])

@@ -62,9 +62,10 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
         rows = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [R, H, n, h]
-        q, k, v = rows.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        turned, v = rows.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if call.table is not None:
-            q, k = rotate(q, call.table, "interleaved"), rotate(k, call.table, "interleaved")
+            turned = rotate(turned, call.table, "interleaved")
+        q, k = turned.split((self.heads, self.kv_heads), dim=1)
         if call.cache is not None:
             k, v = call.cache.join(layer, k, v)
         if self.kv_heads < self.heads:

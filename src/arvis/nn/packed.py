@@ -77,7 +77,8 @@ class Packed(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return PRODUCTS.get(func, func)(*args, **(kwargs or {}))
+            product: Callable[..., Any] = PRODUCTS.get(func, func)
+            return product(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

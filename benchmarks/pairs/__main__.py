@@ -1,0 +1,169 @@
+"""`python -m benchmarks.pairs NAME --official DIR [--batch 1 4] [--precision float32 bfloat16] [--repeats 3]`.
+
+Builds both sides in one number format, checks that they agree, times them alternately (the median counts), measures our
+peak memory in a process of its own, and adds the rows to results/pairs.json. `--table` writes docs/performance.md from
+these rows alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arvis import cost, systems
+from arvis.loading import empty
+from arvis.training.checkpoint import write_text
+from benchmarks.pairs import Pair, Run
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "pairs.json"
+PAGE = HERE.parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- pairs -->", "<!-- end of pairs -->"
+
+
+def known() -> dict[str, str]:
+    """Names of pairs, and the files they are in."""
+    files = [file.stem for file in sorted(HERE.glob("*.py")) if not file.stem.startswith("_")]
+    return {name: stem for stem in files for name in import_module(f"benchmarks.pairs.{stem}").PAIRS}
+
+
+def seconds(run: Run, batch: int) -> float:
+    start = time.perf_counter()
+    run(batch)
+    return time.perf_counter() - start
+
+
+def floor(pair: Pair, batch: int, dtype: torch.dtype) -> float | None:
+    """The least seconds in which this machine could do the counted work."""
+    if not pair.preset:
+        return None
+    slug, _, preset = systems.preset(pair.preset)
+    system = empty(slug, preset.config()).eval()
+    sampling = replace(system.Sampling(), **{**preset.sampling, **pair.settings})
+    return cost.count(system, sampling, batch, dtype).floor(cost.measure(dtype))
+
+
+def peak(name: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
+    """Megabytes of a process that has only our side: the most during a run, and weights and caches counted."""
+    command = [sys.executable, "-m", "benchmarks.peak", name, str(batch), str(dtype).removeprefix("torch.")]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def rows(name: str, pair: Pair, folder: Path, batches: list[int], dtype: torch.dtype, repeats: int) -> list[Any]:
+    sides, out = pair.make(folder, dtype), []
+    for batch in batches:
+        agreement = pair.agreement(sides.ours(batch), sides.official(batch))  # the first run of each, not timed
+        if agreement < pair.least[dtype]:
+            raise SystemExit(f"{name}, batch {batch}: the outputs agree by {agreement:.4f} only; nothing was timed")
+        times = [(seconds(sides.ours, batch), seconds(sides.official, batch)) for _ in range(repeats)]
+        ours, official = (statistics.median(side) for side in zip(*times, strict=True))
+        row = {
+            "name": name,
+            "batch": batch,
+            "precision": str(dtype).removeprefix("torch."),
+            "ours_s": round(ours, 4),
+            "official_s": round(official, 4),
+            "ratio": round(official / ours, 3),
+            "agreement": round(agreement, 4),
+            "runs": repeats,
+            "machine": machine(),
+            "date": date.today().isoformat(),
+            "versions": {"torch": torch.__version__, "commit": commit()},
+        }
+        least = floor(pair, batch, dtype)
+        if least is not None:
+            row |= {"floor_s": round(least, 4), "floor_share": round(least / ours, 3)}
+            row |= {f"{key}_mb": round(value) for key, value in peak(pair.preset, batch, dtype).items()}
+        print(json.dumps(row), flush=True)
+        out.append(row)
+    return out
+
+
+def machine() -> str:
+    """The processor and the threads in use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if any(unit in line for line in lines)]
+    return ", ".join([names[0] if names else platform.machine(), *units[:1], f"{torch.get_num_threads()} threads"])
+
+
+def commit() -> str:
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    return told.stdout.strip()
+
+
+def best(results: list[dict[str, Any]], row: dict[str, Any]) -> float:
+    """How much sooner than the quicker of the official number formats."""
+    same = [r for r in results if (r["name"], r["batch"], r["machine"]) == (row["name"], row["batch"], row["machine"])]
+    return min(r["official_s"] for r in same) / row["ours_s"]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    head = ("what", "batch", "precision", "official", "arvis", "ratio", "against its best", "floor", "of it", "memory")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in results:
+        least, share = (f"{row['floor_s']:.2f} s", f"{row['floor_share']:.0%}") if "floor_s" in row else ("-", "-")
+        memory = f"{row['peak_mb']} MB, {row['kept_mb']} MB" if "peak_mb" in row else "-"
+        cells = [
+            row["name"],
+            str(row["batch"]),
+            row["precision"],
+            f"{row['official_s']:.2f} s",
+            f"{row['ours_s']:.2f} s",
+        ]
+        cells += [f"{row['ratio']:.2f}", f"{best(results, row):.2f}", least, share, memory]
+        lines.append(f"| {' | '.join(cells)} |")
+    told = sorted({f"{row['machine']}; torch {row['versions']['torch']}; {row['date']}" for row in results})
+    return "\n".join([*lines, "", *told])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help=", ".join(known()))
+    parser.add_argument("--official", type=Path, help="a checkout of the official repository")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="only write the table of the rows that are there")
+    given = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if not given.table:
+        if given.name not in known() or given.official is None:
+            parser.error(f"give one of {', '.join(known())} and --official DIR")
+        pair: Pair = import_module(f"benchmarks.pairs.{known()[given.name]}").PAIRS[given.name]
+        for precision in given.precision:
+            fresh = rows(
+                given.name,
+                pair,
+                given.official.resolve(),
+                given.batch or list(pair.batches),
+                getattr(torch, precision),
+                given.repeats,
+            )
+            gc.collect()
+            done = {(row["name"], row["batch"], row["precision"], row["machine"]) for row in fresh}
+            results = [r for r in results if (r["name"], r["batch"], r["precision"], r["machine"]) not in done] + fresh
+            results.sort(key=lambda row: (row["name"], row["batch"], row["precision"]))
+            RESULTS.parent.mkdir(exist_ok=True)
+            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    write_text(PAGE, f"{head}{BEGIN}\n\n{table(results)}\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
