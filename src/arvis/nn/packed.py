@@ -77,8 +77,7 @@ class Packed(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            product: Callable[..., Any] = PRODUCTS.get(func, func)
-            return product(*args, **(kwargs or {}))
+            return (PRODUCTS.get(func) or func)(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
