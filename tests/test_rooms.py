@@ -21,7 +21,7 @@ ROOMS = (
     ("quant", "tokenizers"),
     ("next_token", "walk", "search", "speculative", "editing"),
     ("published", "weights"),
-    ("training", "data", "evaluation"),
+    ("training", "data", "evaluation", "rewards"),
     ("systems",),
     ("cost", "loading", "model", "recipes", "parity", "laws", "checks", "doctor"),
     ("serving", "cli"),

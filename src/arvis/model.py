@@ -20,10 +20,11 @@ from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
 from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
 from arvis.nn.packed import pack
 from arvis.noise import Noise
+from arvis.search import Search
 from arvis.state import Parallel, Resizable
 from arvis.tokens import Layout, Pin
 from arvis.training.precision import Choice, Precision, pick
-from arvis.walk import generate, likelihood
+from arvis.walk import likelihood, walk
 from arvis.weights import save_pretrained
 
 BATCH = 64
@@ -124,6 +125,7 @@ class Model:
         settings: Mapping[str, Any] | None = None,
         image: Picture | None = None,
         mask: Picture | Box | None = None,
+        search: Search | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> list[Image.Image]:
         """Pictures of a prompt or class: `n` of each. The same request gives the same pictures.
@@ -132,14 +134,21 @@ class Model:
         `settings` changes sampling settings ("cfg_scale", "top_k", "top_p", ...). With `image`, only the white part of
         `mask` (or the inside of a box of fractions) is painted anew and the rest is kept (approximately: what is kept
         are tokens); with a mask that is white inside, outside or under another prompt this is in-painting, out-painting
-        and editing.
+        and editing. With a `search` each picture is the best of several paths.
 
         Raises ValueError for a condition the model does not take, one of image and mask alone, a mask of another shape
         than its image, and too many pictures.
         """
         last = None
         for last in self.stream(
-            prompt, class_labels=class_labels, n=n, seed=seed, settings=settings, image=image, mask=mask
+            prompt,
+            class_labels=class_labels,
+            n=n,
+            seed=seed,
+            settings=settings,
+            image=image,
+            mask=mask,
+            search=search,
         ):
             if on_step is not None:
                 on_step(last)
@@ -156,20 +165,27 @@ class Model:
         settings: Mapping[str, Any] | None = None,
         image: Picture | None = None,
         mask: Picture | Box | None = None,
+        search: Search | None = None,
     ) -> Iterator[Progress]:
-        """The steps of `generate`, coarse to fine. Stop iterating to cancel; call `pictures` before the next step."""
+        """The steps of `generate`, coarse to fine. Stop iterating to cancel; call `pictures` before the next step.
+
+        Of a search, the steps show all paths that go on, those of a picture side by side.
+        """
         if n < 1:
             raise ValueError(f"n is the number of pictures, at least 1, got {n}")
         sampling = self.sampling(settings)
         layout = self._layout(sampling)
         with self._running():
-            cond = self.system.prepare(self._request(prompt, class_labels))
+            request = self._request(prompt, class_labels)
+            cond = self.system.prepare(request)
+            asked = next(iter(request.values()), [None])
             prompts = len(next(iter(cond.values()), [None]))
             given = self._given(image, mask, layout)
             self._affordable(n * prompts, layout)
             seeds = Noise.of(seed, n, self.device).seed_B.repeat(prompts)
             which = torch.arange(n * prompts, device=self.device) // n
-        batches = [slice(first, first + BATCH) for first in range(0, n * prompts, BATCH)]
+        size = BATCH if search is None else max(1, BATCH // search.most)
+        batches = [slice(first, first + size) for first in range(0, n * prompts, size)]
         pictures: list[Image.Image] = []
         tokens: list[Tensor] = []
         for b, rows in enumerate(batches):
@@ -187,9 +203,11 @@ class Model:
             with self._running():
                 noise = Noise(seeds[rows])
                 pin = None if given is None else Pin(*(t.expand(len(noise), *t.shape[1:]) for t in given))
-                steps = generate(
-                    self.system, {name: v[which[rows]] for name, v in cond.items()}, sampling, noise, layout, pin
-                )
+                part = {name: v[which[rows]] for name, v in cond.items()}
+                s = self.system.start(part, sampling, noise, layout, pin)
+                steps = walk(self.system, s)
+                if search is not None:
+                    steps = search(self.system, s, [asked[i] for i in which[rows].tolist()])
             while True:
                 with self._running():
                     step = next(steps, None)

@@ -6,13 +6,29 @@ their own, so best-of-n, resampling and beams need nothing from a system. Copies
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from arvis.sampling import draw
 from arvis.state import State, System
 from arvis.walk import Step, walk
+
+
+class Search(Protocol):
+    """A way to walk: steps over several paths of each item, at the end of which each has one again.
+
+    `asked` says what each item of the state is for, as a reward wants to know it.
+    """
+
+    @property
+    def most(self) -> int:
+        """Paths of an item at most."""
+        ...
+
+    def __call__(self, system: System, s: State, asked: Sequence[Any]) -> Iterator[Step]: ...
 
 
 def search(steps: Iterable[Step], select: Callable[[Step], Tensor | None]) -> Iterator[Step]:
@@ -46,6 +62,13 @@ def resample(weight_B: Tensor, n: int, u: Tensor) -> Tensor:
     points = (torch.arange(n) + u.cpu().double()[:, None]) / n * cdf[:, -1:]
     rows = torch.searchsorted(cdf, points, right=True).clamp(max=n - 1)
     return (rows + n * torch.arange(len(weight))[:, None]).flatten()
+
+
+def multinomial(weight: Tensor, m: int, u: Tensor) -> Tensor:
+    """Rows [items * m] of m draws with replacement among each item's n copies, weights [items, n] >= 0 of any positive
+    sum, uniform numbers u [items, m] in (0, 1)."""
+    rows = draw(weight.double()[:, None].expand(-1, m, -1), u.to(weight.device))
+    return (rows + weight.shape[1] * torch.arange(len(weight), device=rows.device)[:, None]).flatten().cpu()
 
 
 def best_of_n(system: System, s: State, n: int, score: Callable[[State], Tensor]) -> State:

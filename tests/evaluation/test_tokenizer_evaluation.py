@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import arvis
 from arvis import cli, loading
 from arvis.evaluation.tokenizers import measure
 from arvis.noise import Noise
+from arvis.systems import SYSTEMS
 from arvis.tokenizers.kl import Posterior
 from arvis.tokens import Layout, Space
 from small import built, small
@@ -156,7 +156,7 @@ def test_no_picture_is_refused():
         measure(Gaussian(), [])
 
 
-@pytest.mark.parametrize("slug", arvis.list_systems())
+@pytest.mark.parametrize("slug", [slug for slug, row in SYSTEMS.items() if row.kind != "method"])
 def test_every_registered_tokenizer_is_measured(slug):
     """Fails for a tokenizer with another interface than the others."""
     tokenizer = built(slug)[0].tokenizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -267,6 +268,54 @@ def _caption(
     phrases = [_phrase(things[0], colours[0], count), *map(_phrase, things[1:], colours[1:])]
     where = "" if background == "white" else f" on {'an' if background[0] == 'o' else 'a'} {background} background"
     return f" {relation or 'and'} ".join(phrases) + where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a caption asks for: (noun, colour, how many) of each kind, where the first lies relative to the second."""
+
+    things: tuple[tuple[str, str | None, int], ...]
+    relation: str | None
+    background: str
+
+
+@lru_cache(maxsize=4096)
+def read_caption(caption: str) -> Asked:
+    """What the caption of a scene asks for: the inverse of how captions are made.
+
+    Raises ValueError for text that is no such caption.
+    """
+    rest, background = caption, "white"
+    for name in _TINTS:
+        where = f" on {'an' if name[0] == 'o' else 'a'} {name} background"
+        if caption.endswith(where):
+            rest, background = caption.removesuffix(where), name
+    phrases = _phrases()
+    if rest in phrases:
+        return Asked(things=(phrases[rest],), relation=None, background=background)
+    for word in ("and", *RELATIONS):
+        parts = rest.split(f" {word} ")
+        for at in range(1, len(parts)):  # the word may be part of a noun
+            pair = f" {word} ".join(parts[:at]), f" {word} ".join(parts[at:])
+            if pair[0] in phrases and pair[1] in phrases:
+                things = (phrases[pair[0]], phrases[pair[1]])
+                return Asked(things=things, relation=None if word == "and" else word, background=background)
+    raise ValueError(
+        f'{caption!r} is no caption of a scene, such as "a red apple above a dog" or "three cats on a blue background"'
+    )
+
+
+@lru_cache(maxsize=1)
+def _phrases() -> dict[str, tuple[str, str | None, int]]:
+    """Every phrase for things of one kind, and what it means; a name comes before a colour."""
+    out: dict[str, tuple[str, str | None, int]] = {}
+    for thing in THINGS:
+        out[_phrase(thing, None)] = (thing.noun, None, 1)
+        out |= {_phrase(thing, None, count): (thing.noun, None, count) for count in COUNTS}
+    for thing in _PAINTABLE:
+        for colour in COLOURS:
+            out.setdefault(_phrase(thing, colour), (thing.noun, colour, 1))
+    return out
 
 
 def _questions(

@@ -35,6 +35,7 @@ SYSTEMS: dict[str, Row] = {
     "star": Row(
         "system", "Text to images over VAR's scales up to 1024 pixels, with large scales drawn in causal steps"
     ),
+    "tts-var": Row("method", "A search over scales: many paths at coarse ones, few at fine ones, the best picture"),
     "var": Row("system", "Next-scale prediction over a multi-scale residual pyramid"),
     "variant": Row("system", "One set of weights over scales, the depth of late scales chosen at run time"),
 }
@@ -57,6 +58,8 @@ def preset(name: str) -> tuple[str, str, Preset]:
     """(slug, preset name, preset) of "var-d16", or of a bare slug for its first preset; KeyError naming the nearest."""
     if name in SYSTEMS:
         presets = system(name).PRESETS
+        if not presets:
+            raise KeyError(f"{name} is a {SYSTEMS[name].kind}: it has no models of its own (docs/systems/{name}.md)")
         first = next(iter(presets))
         return name, first, presets[first]
     for slug in sorted(SYSTEMS, key=len, reverse=True):

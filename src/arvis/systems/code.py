@@ -122,6 +122,11 @@ class Collaborative(nn.Module):
         return {"tokenizer": self.tokenizer, **{name: self.get_submodule(name) for name in self._names}}
 
     @property
+    def models(self) -> dict[str, Any]:
+        """The models by name, in the order of their turns."""
+        return dict(zip(self._names, self._models, strict=True))
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """The names that `prepare` reads in a request."""
         return self._models[0].conditions
