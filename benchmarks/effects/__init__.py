@@ -10,8 +10,10 @@ A ratio says in `quantity` what is divided by what. `published` is the paper's o
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +26,14 @@ class Effect:
     how: Literal["counted", "measured"]
     published: str = ""
     note: str = ""
+
+
+def fastest(run: Callable[[], Any], seconds: float) -> float:
+    """Seconds of the shortest of the runs that fit into a time, after one to warm up."""
+    run()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
