@@ -261,7 +261,7 @@ class Lesson(NamedTuple):
     tokens: Tensor
     layout: Layout
     cond: Cond
-    predicted: Dist
+    predicted: Categorical
     losses: dict[str, Tensor]
 
 
@@ -272,6 +272,7 @@ class Staged(Protocol):
     tokenizer: Any
     transformer: Any
     see: See
+    label_drop: float
 
     def lesson(self, batch: dict[str, Any], noise: Source) -> Lesson:
         """A step of teacher forcing; its losses are those of `loss`."""

@@ -28,6 +28,7 @@ _PLAIN = (
     "flip",
     "cache",
     "levels",
+    "objective",
     "tokenizer",
     "freeze",
     "only",
@@ -54,9 +55,11 @@ class TrainRequest:
     of its fragments ("decoder": better pictures from the same tokens). With `lora.rank` the generator itself is frozen
     and adapters are trained; `base` is the model they belong to, by name or folder.
 
-    `levels` teaches a generator only so many coarse levels first, at a fraction of the cost. A tokenizer is trained
-    with the terms of `loss`: LPIPS where its weight files are in `lpips`, a PatchGAN from step `gan_start` on (-1:
-    none). `pictures` are the names and captions of further pictures in the run folder, for its report.
+    `levels` teaches a generator only so many coarse levels first, at a fraction of the cost. `objective` is the name of
+    a training method of the registry that takes the place of the generator's own loss, then settings ("name=value"). A
+    tokenizer is trained with the terms of `loss`: LPIPS where its weight files are in `lpips`, a PatchGAN from step
+    `gan_start` on (-1: none). `pictures` are the names and captions of further pictures in the run folder, for its
+    report.
     """
 
     name: str
@@ -75,6 +78,7 @@ class TrainRequest:
     lora: LoraConfig = field(default_factory=LoraConfig)
     base: str = ""
     levels: int = 0
+    objective: tuple[str, ...] = ()
     loss: TokenizerLossConfig = field(default_factory=lambda: TokenizerLossConfig(edges=1.0))
     lpips: tuple[str, ...] = ()
     gan_start: int = -1

@@ -25,7 +25,7 @@ from arvis.loading import picture_size, resolve_device
 from arvis.nn.lora import merge
 from arvis.recipes.classes import class_count, class_field
 from arvis.recipes.request import TrainRequest, refuse_among, refuse_existing
-from arvis.recipes.stages import GeneratorStage, TokenizerStage
+from arvis.recipes.stages import GeneratorStage, TokenizerStage, objective
 from arvis.training import checkpoint, distributed, metrics, report
 from arvis.training.fit import FitConfig, FitResult, fit
 from arvis.training.progress import OnStep
@@ -116,6 +116,7 @@ def opened(request: TrainRequest) -> tuple[Any, Dataset, Dataset | None]:
     if request.only and not any(f in n for f in request.only for n, _ in system.named_parameters()):
         raise ValueError(f"no parameter's name holds one of only={','.join(request.only)}")
     system.tokenizer.layout(size)  # refuses sizes that are no pictures of it
+    objective(request, system)
     refuse_among(request.run, Path(request.data))
     larger = source_size(size, request.crops)
     data = Views(open_data(request.data, larger, request.fit.seed), size, request.crops, request.flip)

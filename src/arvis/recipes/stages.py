@@ -6,6 +6,7 @@ GeneratorStage    the system's own loss on the tokens of the frozen tokenizer: e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from arvis import systems
 from arvis.config import from_dict
 from arvis.data.batches import Batches, BatchesConfig, Dataset
 from arvis.data.images import grid, save_image, to_bytes
@@ -20,6 +22,7 @@ from arvis.evaluation.metrics import psnr
 from arvis.nn.lora import adapt
 from arvis.noise import Noise
 from arvis.recipes.request import TrainRequest
+from arvis.state import Staged
 from arvis.training.adversarial import Adversary, AdversaryConfig
 from arvis.training.optimizers import Part
 from arvis.training.perceptual import perceptual
@@ -89,6 +92,7 @@ class GeneratorStage(nn.Module):
         super().__init__()
         self.system, first = system, batches.batch_at(0)
         self._more = {"levels": request.levels} if request.levels else {}
+        self._objective = objective(request, system)
         self._sampling = sampling(system, request.sampling or {})
         self._shown = {"prompt": first["prompt"][:SHOWN], "class_labels": first["class_labels"][:SHOWN]}
         system.tokenizer.requires_grad_(False)
@@ -103,7 +107,7 @@ class GeneratorStage(nn.Module):
         return [part for name, part in self.system.parts().items() if name != "tokenizer"]
 
     def loss(self, batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
-        return self.system.loss({**batch, **self._more}, noise)
+        return self._objective(self.system, {**batch, **self._more}, noise)
 
     def draw(self, step: int, folder: Path) -> dict[str, float]:
         """A picture for each condition of the first batch, always from the same seeds; the loss on pictures seen and
@@ -121,6 +125,22 @@ class GeneratorStage(nn.Module):
             taken = {n: v[part].to(device) if isinstance(v, Tensor) else [v[i] for i in part] for n, v in batch.items()}
             total += float(self.loss(taken, Noise((1 + part).to(device)))["loss"]) * len(part)
         return total / len(rows)
+
+
+def objective(request: TrainRequest, system: Any) -> Callable[[Any, dict[str, Any], Noise], dict[str, Tensor]]:
+    """The loss of a generator: its own, or that of the method that the request names.
+
+    Raises KeyError for an unknown name, ValueError where it is no training method, or none for this system.
+    """
+    if not request.objective:
+        return lambda system, batch, noise: system.loss(batch, noise)
+    name, *settings = request.objective
+    method = getattr(systems.system(name), "objective", None)
+    if method is None:
+        raise ValueError(f"objective is the name of a training method, and {name!r} is none")
+    if not isinstance(system, Staged):
+        raise ValueError(f"{name} trains models over scales that run on any inputs, and {request.name} is none")
+    return method(settings)
 
 
 def _begin(system: object) -> None:

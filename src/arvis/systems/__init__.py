@@ -32,6 +32,7 @@ SYSTEMS: dict[str, Row] = {
     "maskgit": Row("system", "Masked codes guessed all at once and kept by confidence, on a bidirectional transformer"),
     "mvar": Row("system", "VAR without a past, whose large scales are seen through windows and learned apart"),
     "nfig": Row("system", "VAR whose scales code frequency bands of the picture, from the lowest to the highest"),
+    "sar": Row("system", "Post-training of models over scales on their own predictions, here of FlexVAR"),
     "star": Row(
         "system", "Text to images over VAR's scales up to 1024 pixels, with large scales drawn in causal steps"
     ),
