@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from arvis.laws import REQUEST, Case, examine
+from arvis.loading import picture_size
 from arvis.nn.mamba import Mamba2Config
 from arvis.nn.text import TextConfig
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
+from arvis.rows import Rows
 from arvis.state import join_states
-from arvis.systems import infinity, m_var, var, variant
+from arvis.systems import flexvar, infinity, m_var, var, variant
 from arvis.systems.variant import ProgressConfig, Variant, equidistant
 from arvis.tokenizers.bits import BitPyramidConfig
 from arvis.tokenizers.patch import PatchConfig
@@ -52,9 +54,10 @@ BASES = {
     "var": lambda: var.build(scales()),
     "var with one modulation": lambda: var.build(scales(shared_aln=True)),
     "infinity": lambda: infinity.build(bits()),
+    "flexvar": lambda: flexvar.build(replace(flexvar.tiny_config(), depth=DEPTH)),
     "m-var": lambda: m_var.build(m_var.MVarConfig(scale=scales(), mamba=Mamba2Config(d_state=4, headdim=8))),
 }
-"""Systems of three kinds, none of which knows of the method."""
+"""Systems of four kinds, none of which knows of the method."""
 
 
 def lively(name: str, seed: int = 0):
@@ -196,7 +199,7 @@ def test_given_tokens_are_fed_in_one_pass_across_the_border(base):
     for free in (False, True):
         sampling = replace(system.Sampling(), free=free)
         wanted, _ = followed(system, sampling, tokens)
-        for k in (1, 2, 3):
+        for k in range(1, base.tokenizer.layout().K):
             known = (torch.arange(tokens.shape[1]) < base.tokenizer.layout().offsets[k]).expand(len(tokens), -1)
             s = system.start(condition(system), sampling, Noise.of(0, 2), given=Pin(known, tokens))
             assert s.at() == k
@@ -282,6 +285,16 @@ def test_states_of_unequal_depths_do_not_share_a_batch(base):
         join_states(states)
 
 
+@torch.no_grad()
+def test_scales_beyond_those_that_are_listed_pass_what_the_last_one_passes():
+    base = lively("var")
+    layout, x = base.tokenizer.layout(), torch.randn(1, 30, 16, dtype=torch.float64)
+    call = Call(vector=torch.randn(1, 16, dtype=torch.float64), rows=Rows.of(layout.level_N))
+    full, few = tuple(range(DEPTH)), (0, 2, 4)
+    wanted = variant.Shortened(base.transformer.trunk, (full, few, few, few))(x, call)
+    assert torch.equal(variant.Shortened(base.transformer.trunk, (full, few))(x, call), wanted)
+
+
 def test_a_call_without_rows_is_refused():
     trunk = lively("var").transformer.trunk
     with pytest.raises(ValueError, match="the call needs rows"):
@@ -310,7 +323,8 @@ def test_turns_follow_the_schedule_and_draw_every_depth():
 
 def test_an_update_is_the_base_s_own_of_the_network_whose_turn_it_is(base):
     system, noise = Variant(base, 2, 2, ProgressConfig(whole=0.5, depths=(3,))), Noise.of(0, 2)
-    batch = {"tokens": tokens_of(base), **{name: x[:2] for name, x in REQUEST.items()}}
+    image = torch.rand(2, 3, *picture_size(base), dtype=torch.float64)
+    batch = {"tokens": tokens_of(base), "image": image, **{name: x[:2] for name, x in REQUEST.items()}}
     turns = {system.turn(step, 100): step for step in range(50)}
     assert set(turns) == {0, 3}
     for depth, step in turns.items():
@@ -318,7 +332,8 @@ def test_an_update_is_the_base_s_own_of_the_network_whose_turn_it_is(base):
         wanted = system.at(replace(system.Sampling(), depth=depth)).loss(batch, noise)["loss"]
         assert torch.equal(found, wanted)
     assert torch.equal(system.loss(batch, noise)["loss"], system.at().loss(batch, noise)["loss"])
-    assert system.loss(batch, noise)["loss"] != base.loss(batch, noise)["loss"]
+    several = [Noise.of(i, 2) for i in range(4)]  # one draws lists of scales, which may be short
+    assert any(system.loss(batch, n)["loss"] != base.loss(batch, n)["loss"] for n in several)
 
 
 def test_skipped_layers_learn_from_early_scales_alone():

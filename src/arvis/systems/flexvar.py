@@ -192,7 +192,7 @@ class ResizedScaleTransformer(nn.Module):
         vector = c.vector
         if self.shared is not None:
             vector = self.shared(F.silu(c.vector)).view(-1, 6, self.width)
-        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector))
+        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, rows=rows))
 
     def init_weights(self, gate: float) -> None:
         """VAR's initialisation; the grid of positions stays as it was made."""

@@ -299,7 +299,8 @@ class STARTransformer(nn.Module):
         rows = Rows.of(step)
         # nothing reads the rows of the last scale later, so they take no slot of the cache
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
-        return self.trunk(x, Call(mask=mask, table=self._precise(table), cache=cache, context=c.context))
+        call = Call(mask=mask, table=self._precise(table), cache=cache, context=c.context, rows=rows)
+        return self.trunk(x, call)
 
     def stable(self, h: Tensor, placed_BnC: Tensor, pooled: Tensor, first: int, last: int) -> Tensor:
         """The sampler's logits [B*G, n, V] of scales first..last-1, from their hidden rows and placed code vectors."""

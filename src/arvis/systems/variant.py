@@ -30,7 +30,7 @@ from arvis.systems import var
 from arvis.systems.var import VARConfig
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
-from arvis.tokens import Layout, Pin
+from arvis.tokens import NEVER, Layout, Pin
 from arvis.weights import Key
 
 Layers = tuple[tuple[int, ...], ...]
@@ -79,8 +79,8 @@ class Shortened(nn.Module):
 
 
 def _until(layers: Layers, total: int) -> tuple[int, ...]:
-    """How many scales pass each layer."""
-    return tuple(sum(i in kept for kept in layers) for i in range(total))
+    """How many scales pass each layer; those beyond the listed ones pass what the last of them passes."""
+    return tuple(NEVER if i in layers[-1] else sum(i in kept for kept in layers) for i in range(total))
 
 
 def _first(call: Call, count: int) -> Call:
@@ -165,6 +165,11 @@ class Variant(nn.Module):
         return self._base[0]
 
     @property
+    def total(self) -> int:
+        """Layers of the whole network."""
+        return len(self.base.transformer.trunk)
+
+    @property
     def space(self) -> Any:
         return self.base.space
 
@@ -183,11 +188,9 @@ class Variant(nn.Module):
 
     def layers(self, sampling: Any, scales: int) -> Layers:
         """What each of so many scales passes under some settings."""
-        total = len(self.get_submodule("transformer.trunk.blocks"))
-        late = (sampling.depth or total,) * max(scales - sampling.full_scales, 0)
-        depths = sampling.depths or ((total,) * sampling.full_scales + late)
-        depths = (*depths, *(depths[-1:] * scales))[:scales]
-        return equidistant(total, depths)
+        late = (sampling.depth or self.total,) * max(scales - sampling.full_scales, 0)
+        depths = sampling.depths or ((self.total,) * sampling.full_scales + late)
+        return equidistant(self.total, (*depths, *(depths[-1:] * scales))[:scales])
 
     def at(self, sampling: Any = None, layout: Layout | None = None) -> Any:
         """The sub-network of some settings (by default the default ones) as a system of its own."""
@@ -201,7 +204,7 @@ class Variant(nn.Module):
     ) -> State:
         s = self.base.start(cond, sampling, noise, layout, given)
         layers = self.layers(sampling, s.K)
-        until = _until(layers, len(self.get_submodule("transformer.trunk.blocks")))
+        until = _until(layers, self.total)
         for cache in s.cache.values():
             cache.limits = {i: s.layout.offsets[k] for i, k in enumerate(until) if k < s.K}
         s.key = s.key, layers, sampling.free
@@ -211,9 +214,10 @@ class Variant(nn.Module):
         _, layers, free = s.key
         with _own_key(s):
             d = subnet(self.base, layers).predict(s)
-        for i in range(len(self.get_submodule("transformer.trunk.blocks"))):
-            if free and i not in layers[s.at()]:
-                s.cache["trunk"].drop(i)
+        if free:
+            given_up = set(range(self.total)) - set(layers[s.at()])
+            for cache, i in itertools.product(s.cache.values(), given_up):
+                cache.drop(i)
         return d
 
     def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
