@@ -31,7 +31,7 @@ def status(name: str) -> int:
 
 def weight_bytes(module: nn.Module) -> int:
     stored = [*module.parameters(), *module.buffers()]
-    return sum(x.packed_bytes if isinstance(x, Packed) else x.numel() * x.element_size() for x in stored)
+    return sum(x.store.bytes if isinstance(x, Packed) else x.numel() * x.element_size() for x in stored)
 
 
 @torch.inference_mode()

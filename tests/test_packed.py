@@ -106,10 +106,10 @@ def test_one_format_is_kept_and_takes_half_the_bytes() -> None:
     quick = layer()
     pack(quick)
     weight = quick.weight.data
-    assert isinstance(weight, Packed) and weight.packed_bytes == 4 * 24 * 40
+    assert isinstance(weight, Packed) and weight.store.bytes == 4 * 24 * 40
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert quick(torch.randn(2, 24)).dtype == torch.bfloat16
-    assert quick.weight.packed_bytes == 2 * 24 * 40
+    assert quick.weight.store.bytes == 2 * 24 * 40
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"first used in torch.bfloat16 (and )?cannot serve"):
         quick(torch.randn(2, 24))
 

@@ -86,7 +86,8 @@ def make(steps: int, folder: Path, dtype: torch.dtype) -> Sides:
     from models.vae import AutoencoderKL  # pyright: ignore
 
     config = systems.preset("mar-b")[2].config()
-    mar, vae = mar_base().eval(), AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4)).eval()
+    mar = mar_base(diffloss_d=6, diffloss_w=1024).eval()
+    vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4)).eval()
     for part in (mar, vae):
         randomise(part)
     system = build(config).eval()

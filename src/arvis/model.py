@@ -18,7 +18,8 @@ from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
 from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
 from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
-from arvis.nn.packed import pack
+from arvis.nn.packed import Forms, pack
+from arvis.nn.rounded import STORES, Bits
 from arvis.noise import Noise
 from arvis.search import Search
 from arvis.state import Parallel, Resizable
@@ -76,10 +77,13 @@ class Model:
         source: Mapping[str, Any],
         precision: Choice = "float32",
         fast: bool = False,
+        quantize: Bits | None = None,
     ) -> None:
-        self.system, self.fast = system.eval(), fast
-        if fast:
-            pack(self.system)
+        self.system, self.fast = system.eval(), fast or quantize is not None
+        if quantize is not None and quantize not in STORES:
+            raise ValueError(f"quantize is {' or '.join(STORES)}, got {quantize!r}")
+        for name, part in self.system.parts().items() if self.fast else ():
+            pack(part, STORES[quantize] if quantize and name != "tokenizer" else Forms)
         self.slug, self.name, self.config = slug, name, config
         self.settings, self.source = dict(settings), dict(source)
         self.precision: Precision = pick(self.device, precision)
@@ -380,6 +384,7 @@ class Model:
         device: str | torch.device = "cpu",
         precision: Choice = "float32",
         fast: bool = False,
+        quantize: Bits | None = None,
         revision: str = "main",
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -399,7 +404,7 @@ class Model:
             token=token,
             anyway=anyway,
         )
-        return cls(**vars(found), precision=precision, fast=fast)
+        return cls(**vars(found), precision=precision, fast=fast, quantize=quantize)
 
 
 def load(
@@ -408,6 +413,7 @@ def load(
     device: str | torch.device = "cpu",
     precision: Choice = "float32",
     fast: bool = False,
+    quantize: Bits | None = None,
     weights: Mapping[str, str | Path] | str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -420,7 +426,8 @@ def load(
     converted; the log says before which files, their size and licence, and the memory it takes. `weights` are files on
     disk instead: by part ({"transformer": "var_d16.pth"}), one official file, or a folder of them. `device` "auto" is a
     GPU where there is one; `precision` "auto" computes in bfloat16 where that pays; `fast` is for painting alone: the
-    same pictures sooner, but the model cannot be saved or adapted.
+    same pictures sooner, but the model cannot be saved or adapted. `quantize` keeps the generator's weights in 8 or 4
+    bits: a quarter or a sixth of the memory, at the loss that docs/performance.md has measured.
 
     KeyError names the nearest name. WeightsError says what does not fit: a tensor, with both shapes; the memory or the
     disk, with numbers (`anyway` tries it all the same).
@@ -434,7 +441,7 @@ def load(
         token=token,
         anyway=anyway,
     )
-    return Model(**vars(found), precision=precision, fast=fast)
+    return Model(**vars(found), precision=precision, fast=fast, quantize=quantize)
 
 
 def _open(picture: Picture) -> Image.Image:

@@ -9,7 +9,7 @@ tensor. Not for training.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 Layout = Callable[[Tensor], Tensor]
+
+
+class Store(Protocol):
+    """What stands behind a packed weight."""
+
+    @property
+    def bytes(self) -> int: ...
+    def dense(self) -> Tensor: ...
+    def linear(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor: ...
 
 
 class Forms:
@@ -42,6 +51,23 @@ class Forms:
         with torch.inference_mode(False):
             return widest.to_dense() if widest.is_mkldnn else widest
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that are held."""
+        held = [*self.forms.values(), *([] if self.original is None else [self.original])]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def linear(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+        """x W^T + bias, and its tanh-GELU in the same kernel where there is one."""
+        x, bias = cast(x, bias)
+        form = self.of(x.dtype, panels)
+        if form.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(
+                x, form, bias, *(("gelu", [], "tanh") if gelu else ("none", [], ""))
+            )
+        out = F.linear(x, form, bias)
+        return F.gelu(out, approximate="tanh") if gelu else out
+
     def _at_least(self, dtype: torch.dtype) -> Tensor:
         dense = self.dense()
         if torch.finfo(dense.dtype).bits < torch.finfo(dtype).bits:
@@ -54,25 +80,18 @@ class Forms:
 class Packed(Tensor):
     """Stands in for a weight: products take its packed forms, everything else its values."""
 
-    store: Forms
+    store: Store
 
     @staticmethod
-    def __new__(cls, dense: Tensor, store: Forms | None = None) -> Packed:
-        out = torch.Tensor._make_wrapper_subclass(cls, dense.shape, dtype=dense.dtype, device=dense.device)
-        out.store = Forms(dense) if store is None else store
+    def __new__(cls, like: Tensor, store: Store) -> Packed:
+        out = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        out.store = store
         return out
 
-    def __init__(self, dense: Tensor, store: Forms | None = None) -> None: ...
+    def __init__(self, like: Tensor, store: Store) -> None: ...
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        forms = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.store.forms) or "not used yet"
-        return f"Packed({tuple(self.shape)}, {forms})"
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes that the weight takes."""
-        kept = [*self.store.forms.values(), *([] if self.store.original is None else [self.store.original])]
-        return sum(x.numel() * x.element_size() for x in kept)
+        return f"Packed({tuple(self.shape)}, {type(self.store).__name__}, {self.store.bytes} bytes)"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,38 +110,33 @@ def _dense(x: Any) -> Any:
     return x.store.dense().to(x.dtype) if isinstance(x, Packed) else x
 
 
-def _format(x: Tensor) -> torch.dtype:
-    """The number format in which a product of x would be computed."""
+def cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Input and bias in the number format in which a product of x is computed."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, Packed) or input.dim() < 2 or (torch.is_grad_enabled() and input.requires_grad):
-        return F.linear(input, _dense(weight), bias)
-    form, input, bias = _operands(input, weight, bias)
-    if form.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(input, form, bias, "none", [], "")
-    return F.linear(input, form, bias)
-
-
-def _operands(x: Tensor, weight: Packed, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The packed form, input and bias of a product, in the number format in which it is computed."""
-    dtype = _format(x)
-    return weight.store.of(dtype, _panels), x.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     """The tanh-GELU of a linear layer; one kernel where its weight is packed, which rounds once instead of twice."""
     weight = layer.weight
-    if isinstance(weight, Packed):
-        form, x, bias = _operands(x, weight, layer.bias)
-        if form.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, form, bias, "gelu", [], "tanh")
+    if isinstance(weight, Packed) and _simple(x):
+        return weight.store.linear(x, layer.bias, gelu=True)
     return F.gelu(layer(x), approximate="tanh")
 
 
-def _panels(weight: Tensor) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Packed) and _simple(input):
+        return weight.store.linear(input, bias)
+    return F.linear(input, _dense(weight), bias)
+
+
+def _simple(x: Tensor) -> bool:
+    """Rows without gradients."""
+    return x.dim() > 1 and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def panels(weight: Tensor) -> Tensor:
     """In the panels that the CPU's products read; as it is elsewhere."""
     if weight.device.type != "cpu" or not HAS_PANELS or weight.dtype not in (torch.float32, torch.bfloat16):
         return weight
@@ -130,11 +144,10 @@ def _panels(weight: Tensor) -> Tensor:
 
 
 def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
-    if not isinstance(weight, Packed) or (torch.is_grad_enabled() and input.requires_grad):
+    if not isinstance(weight, Packed) or not isinstance(weight.store, Forms) or not _simple(input):
         return F.conv2d(input, _dense(weight), bias, *rest)
-    dtype = _format(input)
-    form = weight.store.of(dtype, _channels_last)
-    return F.conv2d(input.to(dtype), form, None if bias is None else bias.to(dtype), *rest)
+    input, bias = cast(input, bias)
+    return F.conv2d(input, weight.store.of(input.dtype, _channels_last), bias, *rest)
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -145,10 +158,11 @@ HAS_PANELS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 PRODUCTS: dict[Any, Callable[..., Tensor]] = {F.linear: _linear, torch.conv2d: _conv2d, F.conv2d: _conv2d}
 
 
-def pack(module: nn.Module) -> int:
+def pack(module: nn.Module, store: Callable[[Tensor], Store] = Forms) -> int:
     """Replace the weights of the linear layers and convolutions of a module; returns how many.
 
-    Weights that several layers share stay as they are.
+    Linear layers whose inputs divide into groups of 32 take the `store`, everything else `Forms`. Weights that several
+    layers share stay as they are.
     """
     owners: dict[int, int] = {}
     for layer in module.modules():
@@ -156,5 +170,7 @@ def pack(module: nn.Module) -> int:
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     layers = [x for x in module.modules() if type(x) in (nn.Linear, nn.Conv2d) and owners.get(id(x.weight)) == 1]
     for layer in layers:
-        layer.weight = nn.Parameter(Packed(layer.weight.detach()), requires_grad=False)
+        weight = layer.weight.detach()
+        held = store(weight) if type(layer) is nn.Linear and weight.shape[1] % 32 == 0 else Forms(weight)
+        layer.weight = nn.Parameter(Packed(weight, held), requires_grad=False)
     return len(layers)
