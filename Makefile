@@ -63,8 +63,12 @@ check: $(STAMP) ## the laptop-scale claim of every system, or of SYSTEM=name (lo
 	@set -e; for system in $(or $(SYSTEM),$$($(BIN)/python -c 'import arvis; print(*arvis.list_systems())')); do \
 		echo "==> arvis check $$system"; $(BIN)/arvis check $$system; done
 
-bench: $(STAMP) ## speed of generation on this machine
-	$(BIN)/python scripts/bench.py
+bench: $(STAMP) ## speed on this machine; with OFFICIAL=folder of official checkouts (VAR, LlamaGen, mar), against them
+	@set -e; if [ -z "$(OFFICIAL)" ]; then \
+		for system in brush var-d16 llamagen-b-256; do $(BIN)/arvis bench $$system; done; \
+	else \
+		$(BIN)/python -m benchmarks.pairs all --official "$(OFFICIAL)"; \
+	fi
 
 pins: $(STAMP) ## rewrite constraints.txt from what the metadata resolves to
 	@mkdir -p build

@@ -414,12 +414,12 @@ def test_info_of_a_published_model_and_of_a_folder(capsys, refused):
 
 def test_cost_is_a_table_of_phases(capsys, refused):
     """The published size counted without its weights: ten steps, then the decoder."""
-    run("cost", "var-d16", "--set", "cfg_scale=0")
+    run("info", "var-d16", "--cost", "--set", "cfg_scale=0")
     out = capsys.readouterr().out
     assert "10 steps" in out and re.search(r"decode +393\.8", out) and re.search(r"weights +1,599\.4 MiB", out)
     assert re.search(r"later steps +299\.8", out), "without guidance the transformer does half the work"
-    assert "batch is the number of pictures" in refused("cost", "var-d16", "--batch", "0")
-    assert "cfg_scale" in refused("cost", "var-d16", "--set", "cfg_scal=2")
+    assert "batch is the number of pictures" in refused("info", "var-d16", "--cost", "--batch", "0")
+    assert "cfg_scale" in refused("info", "var-d16", "--cost", "--set", "cfg_scal=2")
 
 
 def test_convert_in_both_directions(monkeypatch, capsys, refused):
@@ -592,3 +592,11 @@ def test_a_real_process(place):
     wrong = arvis_("generate", "red apple", "--model", "brsh")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "arvis: no model is called 'brsh'; nearest: brush, brush-64\n"
+
+
+def test_bench_measures_and_counts(capsys, refused):
+    run("bench", "brush", "-b", "1", "2", "--repeats", "1", "--precision", "float32")
+    told = capsys.readouterr().out
+    assert told.startswith("brush-64 on cpu: float32 as asked")
+    assert re.search(r"batch 1 .* pictures/s; counted floor [\d.]+ s, \d+% of it reached", told) and "batch 2 " in told
+    assert "at least 1" in refused("bench", "brush", "--repeats", "0")

@@ -3,7 +3,8 @@
 A file here is one official repository, given as a folder (`--official DIR`, a plain checkout; nothing of it is kept
 here) and offers
 
-    PAIRS                          what can be compared: name -> `Pair`
+    CHECKOUT    the usual name of its folder
+    PAIRS       what can be compared: name -> `Pair`
 
 Both sides of a pair are built for one number format. Where official code wants a GPU or a package that is not
 installed, `stand_in` puts a plain replacement in its place; it says what it replaces and that it computes the same.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,9 +46,15 @@ class Pair:
     make: Callable[[Path, torch.dtype], Sides]
     batches: tuple[int, ...]
     preset: str = ""
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     agreement: Callable[[Tensor, Tensor], float]
     least: dict[torch.dtype, float]
+
+
+def pictures(batch: int, size: int = 256) -> Tensor:
+    """Smooth random pictures [B, 3, size, size] in [-1, 1]."""
+    coarse = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
 
 
 def equal_share(a: Tensor, b: Tensor) -> float:

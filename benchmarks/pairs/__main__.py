@@ -1,4 +1,6 @@
-"""`python -m benchmarks.pairs NAME --official DIR [--batch 1 4] [--precision float32 bfloat16] [--repeats 3]`.
+"""`python -m benchmarks.pairs NAME|all --official DIR [--batch 1 4] [--precision float32 bfloat16] [--repeats 3]`.
+
+DIR is the official checkout, or a folder of such checkouts under their usual names.
 
 Builds both sides in one number format, checks that they agree, times them alternately (the median counts), measures our
 peak memory in a process of its own, and adds the rows to results/pairs.json. `--table` writes docs/performance.md from
@@ -131,6 +133,20 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *told])
 
 
+def checkout(name: str, folder: Path) -> Path:
+    """The official checkout of a pair: the folder, or the one in it that has its name."""
+    inside = folder / import_module(f"benchmarks.pairs.{known()[name]}").CHECKOUT
+    return (inside if inside.is_dir() else folder).resolve()
+
+
+def everything(folder: Path, rest: list[str]) -> None:
+    """Each pair whose checkout is there, in a process of its own: official packages share names."""
+    for name in known():
+        if checkout(name, folder) != folder.resolve():
+            command = [sys.executable, "-m", "benchmarks.pairs", name, "--official", str(folder), *rest]
+            subprocess.run(command, check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help=", ".join(known()))
@@ -140,6 +156,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="only write the table of the rows that are there")
     given = parser.parse_args()
+    if given.name == "all" and given.official is not None:
+        everything(given.official, sys.argv[sys.argv.index(str(given.official)) + 1 :])
+        return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not given.table:
         if given.name not in known() or given.official is None:
@@ -149,7 +168,7 @@ def main() -> None:
             fresh = rows(
                 given.name,
                 pair,
-                given.official.resolve(),
+                checkout(given.name, given.official),
                 given.batch or list(pair.batches),
                 getattr(torch, precision),
                 given.repeats,

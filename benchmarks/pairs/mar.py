@@ -18,6 +18,7 @@ from arvis.walk import finish, generate
 from arvis.weights import load_official
 from benchmarks.pairs import Pair, Sides, autocast, closeness, on_path, randomise, stand_in, without_initialisation
 
+CHECKOUT = "mar"
 LABEL, SCALE = 207, 2.9
 
 

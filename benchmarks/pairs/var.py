@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arvis import systems
 from arvis.nn.packed import pack
 from arvis.noise import Noise
-from arvis.systems.var import build, keys
+from arvis.systems.var import VAR, build, keys
 from arvis.walk import finish, generate
 from arvis.weights import load_official
-from benchmarks.pairs import Pair, Sides, autocast, on_path, randomise, without_initialisation
+from benchmarks.pairs import Pair, Sides, autocast, closeness, on_path, pictures, randomise, without_initialisation
 
+CHECKOUT = "VAR"
 LABEL, SCALE = 207, 4.0
 
 
-def make(depth: int, folder: Path, dtype: torch.dtype) -> Sides:
-    """Greedy on both sides (`top_k=1`), so that the tokens can be compared; the work is that of any draw."""
+def both(depth: int, folder: Path) -> tuple[VAR, Any, Any]:
+    """Our system, and the official tokenizer and transformer, with the same random weights."""
     on_path(folder)
     without_initialisation()
     from models import build_vae_var  # pyright: ignore
 
-    config = systems.preset(f"var-d{depth}")[2].config()
+    config = replace(systems.preset(f"var-d{depth}")[2].config(), label_drop=0.0, drop_path=0.0)
     vae, var = build_vae_var(
         V=4096,
         Cvae=32,
@@ -37,12 +40,16 @@ def make(depth: int, folder: Path, dtype: torch.dtype) -> Sides:
         depth=depth,
         shared_aln=config.shared_aln,
     )
-    for part in (vae, var):
-        randomise(part)
-        part.eval()
     system = build(config).eval()
     for name, part in (("tokenizer", vae), ("transformer", var)):
+        randomise(part.eval())
         load_official(system.parts()[name], keys(config)[name], part.state_dict())
+    return system, vae, var
+
+
+def painting(depth: int, folder: Path, dtype: torch.dtype) -> Sides:
+    """Greedy on both sides (`top_k=1`), so that the pictures can be compared; the work is that of any draw."""
+    system, _, var = both(depth, folder)
     pack(system)
     sampling = replace(system.Sampling(), cfg_scale=SCALE, top_k=1, top_p=0.0)
 
@@ -57,9 +64,61 @@ def make(depth: int, folder: Path, dtype: torch.dtype) -> Sides:
     def official(batch: int) -> Tensor:
         with autocast(dtype):
             labels = torch.full((batch,), LABEL)
-            return var.autoregressive_infer_cfg(
-                B=batch, label_B=labels, g_seed=0, cfg=SCALE, top_k=1, top_p=0.0
-            ).float()
+            painted = var.autoregressive_infer_cfg(batch, labels, g_seed=0, cfg=SCALE, top_k=1, top_p=0.0)
+            return painted.float()
+
+    return Sides(ours=ours, official=official)
+
+
+def training(depth: int, folder: Path, dtype: torch.dtype) -> Sides:
+    """One update's loss and gradients, conditions never dropped; the loss and a slice of a gradient are compared."""
+    system, vae, var = both(depth, folder)
+    layout = system.tokenizer.layout()
+    system.train()
+    var.train()
+    var.cond_drop_rate = 0.0
+
+    def batch_of(batch: int) -> dict[str, Tensor]:
+        ids = Noise.of(1, batch).uniform("ids", 0, (layout.n, 1)) * 4096
+        return {"tokens": ids.long(), "class_labels": torch.arange(batch)}
+
+    def ours(batch: int) -> Tensor:
+        with autocast(dtype):
+            loss = system.loss(batch_of(batch), Noise.of(0, batch))["loss"]
+        system.zero_grad()
+        loss.backward()
+        grad = system.transformer.word.weight.grad
+        assert grad is not None
+        return torch.cat((loss.detach().view(1), grad[:4].flatten()))
+
+    def official(batch: int) -> Tensor:
+        given = batch_of(batch)
+        levels = given["tokens"][..., 0].split(list(layout.sizes), 1)
+        with autocast(dtype):
+            x = vae.quantize.idxBl_to_var_input(levels)
+            logits = var(given["class_labels"], x)
+            loss = F.cross_entropy(logits.flatten(0, 1), given["tokens"].flatten())
+        var.zero_grad()
+        loss.backward()
+        return torch.cat((loss.detach().view(1), var.word_embed.weight.grad[:4].flatten()))
+
+    return Sides(ours=ours, official=official)
+
+
+def encoding(folder: Path, dtype: torch.dtype) -> Sides:
+    """Pictures to the ids of all scales."""
+    system, vae, _ = both(16, folder)
+    pack(system)
+
+    @torch.inference_mode()
+    def ours(batch: int) -> Tensor:
+        with autocast(dtype):
+            return system.tokenizer.encode(pictures(batch))[..., 0]
+
+    @torch.inference_mode()
+    def official(batch: int) -> Tensor:
+        with autocast(dtype):
+            return torch.cat(vae.img_to_idxBl(pictures(batch)), 1)
 
     return Sides(ours=ours, official=official)
 
@@ -69,13 +128,28 @@ def near_pixels(a: Tensor, b: Tensor) -> float:
     return float(((a - b).abs() < 0.02).float().mean())
 
 
+EXACT = {torch.float32: 0.99, torch.bfloat16: 0.0}
+"""Greedy paths part for good at the first near tie, so rounded ones are only told apart, not required to agree."""
+
 PAIRS = {
     "var-d16": Pair(
-        make=lambda folder, dtype: make(16, folder, dtype),
+        make=lambda folder, dtype: painting(16, folder, dtype),
         batches=(1, 4),
         preset="var-d16",
         settings={"cfg_scale": SCALE},
         agreement=near_pixels,
+        least=EXACT,
+    ),
+    "var-d16 training": Pair(
+        make=lambda folder, dtype: training(16, folder, dtype),
+        batches=(2,),
+        agreement=closeness,
+        least={torch.float32: 0.99, torch.bfloat16: 0.9},
+    ),
+    "var encoding": Pair(
+        make=encoding,
+        batches=(4,),
+        agreement=lambda a, b: float((a == b).float().mean()),
         least={torch.float32: 0.99, torch.bfloat16: 0.0},
     ),
 }

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import tyro
 
 from arvis import __version__
-from arvis.cli.facts import check, convert, cost, doctor, info, list_systems, parity
+from arvis.cli.facts import check, convert, doctor, info, list_systems, parity
 from arvis.cli.pictures import evaluate, generate, reconstruct
 from arvis.cli.runs import finetune, train
 from arvis.cli.settings import each_set
+from arvis.cli.speed import bench
 from arvis.cli.terminal import one_line_errors
 from arvis.cli.tokenizers import tokenizer
 
@@ -23,10 +24,10 @@ COMMANDS = {
     "finetune": finetune,
     "reconstruct": reconstruct,
     "evaluate": evaluate,
+    "bench": bench,
     "tokenizer": tokenizer,
     "systems": list_systems,
     "info": info,
-    "cost": cost,
     "parity": parity,
     "check": check,
     "convert": convert,

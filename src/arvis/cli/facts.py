@@ -1,4 +1,4 @@
-"""Commands about systems and files: systems, info, cost, parity, check, convert, doctor."""
+"""Commands about systems and files: systems, info, parity, check, convert, doctor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from arvis import systems
 from arvis.cli.settings import Set
+from arvis.cli.speed import print_cost
 from arvis.cli.terminal import log_lines, place_for_folder, progress
 from arvis.config import to_dict
 from arvis.published import File, Preset
@@ -51,11 +52,25 @@ def _cached(file: File) -> tuple[Remote, ...]:
         return ()
 
 
-def info(name: Positional[str], /) -> None:
+def info(
+    name: Positional[str],
+    /,
+    cost: bool = False,
+    batch: int = 1,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+    set: Set = (),
+) -> None:
     """Show a model's configuration, size, what it takes, layout and published results; nothing is downloaded.
 
     Args:
         name: A preset, such as var-d16, or a folder of a trained model.
+        cost: Count what a generation takes instead: operations, bytes moved, memory, by phase; and the least time in
+            which this machine could, which is measured for three seconds.
+        batch: Pictures at once, for the cost.
+        precision: The number format that is counted and measured.
+        device: cpu or cuda, for the measurement.
+        set: Sampling settings, such as cfg_scale=1 (no guidance halves the work), for the cost.
     """
     from arvis.config import from_dict
     from arvis.loading import empty, refuse_official_repository
@@ -74,6 +89,9 @@ def info(name: Positional[str], /) -> None:
     system = empty(slug, config)
     known = {field.name for field in fields(system.Sampling)}
     sampling = replace(system.Sampling(), **{key: value for key, value in sampling.items() if key in known})
+    if cost:
+        print_cost(full, system, sampling, batch, precision, device, set)
+        return
     print(f"{full}: {systems.SYSTEMS[slug].title}")
     for part, net in system.parts().items():
         count = sum(p.numel() for p in net.parameters())
@@ -97,50 +115,6 @@ def info(name: Positional[str], /) -> None:
             print(f"  published    {result.metric} {result.value} ({result.settings}; {result.source})")
     for line in _lines(to_dict(config), "model."):
         print(f"  {line}")
-
-
-def cost(
-    name: Positional[str],
-    /,
-    batch: int = 1,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    device: str = "cpu",
-    set: Set = (),
-) -> None:
-    """Count what a generation takes: operations, bytes moved, memory; and the least time in which this machine could.
-
-    Nothing is loaded: the model is walked without values, and the machine is measured for three seconds.
-
-    Args:
-        name: A preset, such as var-d16.
-        batch: Pictures at once.
-        dtype: The number format that is counted and measured.
-        device: cpu or cuda, for the measurement.
-        set: Sampling settings, such as cfg_scale=1 (no guidance halves the work).
-    """
-    import torch
-
-    from arvis import cost as room
-    from arvis.config import override
-    from arvis.loading import empty, resolve_device
-
-    if batch < 1:
-        raise ValueError(f"batch is the number of pictures at once, at least 1, got {batch}")
-    slug, full, preset = systems.preset(name)
-    system, place = empty(slug, preset.config()).eval(), resolve_device(device)
-    sampling = override(replace(system.Sampling(), **preset.sampling), list(set))
-    number = getattr(torch, dtype)
-    counted, machine = room.count(system, sampling, batch, number), room.measure(number, place)
-    print(f"{full}, batch {batch}, {dtype}: {counted.steps} steps")
-    print(f"  {'phase':<12} {'GFLOP':>10} {'GB moved':>10} {'at least':>10}")
-    for phase, work in counted.phases.items():
-        if work:
-            print(f"  {phase:<12} {work.flops / 1e9:10,.1f} {work.bytes / 1e9:10.2f} {work.floor(machine):8.3f} s")
-    print(f"  {'all':<12} {counted.flops / 1e9:10,.1f} {'':10} {counted.floor(machine):8.3f} s")
-    for what in ("weights", "cache", "working"):
-        print(f"  {what:<12} {getattr(counted, what) / 2**20:10,.1f} MiB")
-    speed = f"{machine.flops / 1e9:,.0f} GFLOP/s in {dtype}, {machine.bandwidth / 1e9:,.1f} GB/s"
-    print(f"  this machine ({machine.device}): {speed}")
 
 
 def _a_folder(name: str) -> bool:
