@@ -1,6 +1,7 @@
 """VARiant: any system over scales on fewer layers in late scales, exactly, and with as few keys as it needs."""
 
 import itertools
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -275,6 +276,8 @@ def test_files_of_the_base_are_files_of_the_supernet(base):
     assert list(system.state_dict()) == list(base.state_dict())
     assert all(a is b for a, b in zip(system.parameters(), base.parameters(), strict=True))
     assert system.parts() == base.parts() and system.conditions == base.conditions
+    copied = pickle.loads(pickle.dumps(system))
+    assert all(a is b for a, b in zip(copied.parameters(), copied.base.parameters(), strict=True))
 
 
 def test_states_of_unequal_depths_do_not_share_a_batch(base):

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,6 +132,18 @@ class ProgressConfig:
         return self.whole * min(max(left, 0.0), 1.0)
 
 
+@cache
+def settings(base: type, full_scales: int, depth: int) -> type:
+    """Sampling settings of a base with the four that say which layers run."""
+    more = [
+        ("full_scales", int, field(default=full_scales)),
+        ("depth", int, field(default=depth)),
+        ("depths", tuple[int, ...], field(default=())),
+        ("free", bool, field(default=False)),
+    ]
+    return make_dataclass("VariantSampling", more, bases=(base,), frozen=True, kw_only=True)
+
+
 class Variant(nn.Module):
     """Any system over scales as a supernet: its verbs, with a depth for every scale in the sampling settings.
 
@@ -145,24 +158,18 @@ class Variant(nn.Module):
         for name, part in base.named_children():
             self.add_module(name, part)
         self.progress = progress
-        self.Sampling: type = make_dataclass(
-            "VariantSampling",
-            [
-                ("full_scales", int, field(default=full_scales)),
-                ("depth", int, field(default=depth)),
-                ("depths", tuple[int, ...], field(default=())),
-                ("free", bool, field(default=False)),
-            ],
-            bases=(base.Sampling,),
-            frozen=True,
-            kw_only=True,
-        )
+        self.full_scales, self.depth = full_scales, depth
         self.layers(self.Sampling(), base.tokenizer.layout().K)  # refuses depths that cannot be
 
     @property
     def base(self) -> Any:
         """The system whose weights these are."""
         return self._base[0]
+
+    @property
+    def Sampling(self) -> type:
+        """The base's settings and the depths."""
+        return settings(self.base.Sampling, self.full_scales, self.depth)
 
     @property
     def total(self) -> int:
@@ -205,8 +212,8 @@ class Variant(nn.Module):
         s = self.base.start(cond, sampling, noise, layout, given)
         layers = self.layers(sampling, s.K)
         until = _until(layers, self.total)
-        for cache in s.cache.values():
-            cache.limits = {i: s.layout.offsets[k] for i, k in enumerate(until) if k < s.K}
+        for store in s.cache.values():
+            store.limits = {i: s.layout.offsets[k] for i, k in enumerate(until) if k < s.K}
         s.key = s.key, layers, sampling.free
         return s
 
@@ -216,8 +223,8 @@ class Variant(nn.Module):
             d = subnet(self.base, layers).predict(s)
         if free:
             given_up = set(range(self.total)) - set(layers[s.at()])
-            for cache, i in itertools.product(s.cache.values(), given_up):
-                cache.drop(i)
+            for store, i in itertools.product(s.cache.values(), given_up):
+                store.drop(i)
         return d
 
     def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
