@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
             -1, keepdim=True
         )  # softmax of nothing is NaN: let the row see everything, then drop its output
         mask = mask | blind
-    if q.device.type == "cpu" and (_needs_backward(q, k, v) or _small(q, k)):
+    if q.device.type == "cpu" and _few_scores(q, k) and (_rounded(q) if _needs_backward(q, k, v) else _some_queries(q)):
         out = _products(q, k, v, mask, scale, dropout)
     elif k.dtype != q.dtype:  # a cache in a wider format
         with unrounded(q):
@@ -35,16 +35,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     return out if blind is None else out.masked_fill(blind, 0)
 
 
-# Where the fused CPU kernel is not the quickest way, as measured on two cores with AVX-512 (torch 2.13): its backward
-# takes several times as long as the products, and between 16 and 192 queries it works in blocks of 32.
+# Where the fused CPU kernel is not the quickest way, as measured on two cores with AVX-512 (torch 2.13): in bfloat16
+# its backward takes up to four times as long as that of the products, and between 16 and 192 queries it works in blocks
+# of 32. Products of more scores than these leave the cache of the processor.
 
 
 def _needs_backward(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def _small(q: Tensor, k: Tensor) -> bool:
-    return 16 <= q.shape[-2] < 192 and q.shape[:-1].numel() * k.shape[-2] <= 2**22
+def _rounded(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def _some_queries(q: Tensor) -> bool:
+    return 16 <= q.shape[-2] < 192
+
+
+def _few_scores(q: Tensor, k: Tensor) -> bool:
+    return q.shape[:-1].numel() * k.shape[-2] <= 2**22
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
