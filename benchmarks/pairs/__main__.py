@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import date
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,21 @@ def seconds(run: Run, batch: int) -> float:
     return time.perf_counter() - start
 
 
+@cache
+def counted(preset: str, settings: tuple[tuple[str, Any], ...], batch: int) -> cost.Cost:
+    """The work of a batch in float32."""
+    slug, _, found = systems.preset(preset)
+    system = empty(slug, found.config()).eval()
+    return cost.count(system, replace(system.Sampling(), **{**found.sampling, **dict(settings)}), batch)
+
+
 def floor(pair: Pair, batch: int, dtype: torch.dtype) -> float | None:
-    """The least seconds in which this machine could do the counted work."""
+    """The least seconds in which this machine could do the counted work; narrower numbers are fewer bytes."""
     if not pair.preset:
         return None
-    slug, _, preset = systems.preset(pair.preset)
-    system = empty(slug, preset.config()).eval()
-    sampling = replace(system.Sampling(), **{**preset.sampling, **pair.settings})
-    return cost.count(system, sampling, batch, dtype).floor(cost.measure(dtype))
+    machine, narrower = cost.measure(dtype), dtype.itemsize / torch.float32.itemsize
+    phases = counted(pair.preset, tuple(pair.settings.items()), batch).phases.values()
+    return sum(cost.Work((flops, moved * narrower) for flops, moved in work).floor(machine) for work in phases)
 
 
 def peak(name: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
