@@ -212,9 +212,7 @@ class AdaLNBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
-        if call.vector is None:
-            raise ValueError("an AdaLN block needs a condition vector in its call, got None")
-        g1, g2, s1, s2, b1, b2 = self.modulation(call.vector)[:, :, None].unbind(1)
+        g1, g2, s1, s2, b1, b2 = call.modulated(self.modulation, layer)
         x = x + self.drop_path(g1 * self.attn(self.norm(x) * (1 + s1) + b1, call, layer))
         if self.cross is not None:
             x = x + self.cross((self.norm if self.cross_norm is None else self.cross_norm)(x), call)

@@ -18,11 +18,15 @@ from arvis.tokens import Layout
 
 
 class Condition(NamedTuple):
-    """A condition as the transformer takes it: the start row, the modulation input, and what cross-attention reads."""
+    """A condition as the transformer takes it: the start row, the modulation input, and what cross-attention reads.
+
+    `ahead` [R, layers, n, D] are the vectors of every block, where they were made once for all steps.
+    """
 
     start: Tensor
     vector: Tensor
     context: tuple[Tensor, Tensor | None] | None = None
+    ahead: Tensor | None = None
 
 
 def stacked(rows: Sequence[Condition]) -> dict[str, Tensor]:
@@ -31,13 +35,16 @@ def stacked(rows: Sequence[Condition]) -> dict[str, Tensor]:
     if rows[0].context is not None:
         out["context"] = torch.stack([r.context[0] for r in rows if r.context], 1)
         out["visible"] = torch.stack([r.context[1] for r in rows if r.context and r.context[1] is not None], 1)
+    if rows[0].ahead is not None:
+        out["ahead"] = torch.stack([r.ahead for r in rows if r.ahead is not None], 1)
     return out
 
 
 def unstacked(more: Mapping[str, Tensor]) -> Condition:
     """The condition [B*G, ...] in the tensors of a state."""
     context = (more["context"].flatten(0, 1), more["visible"].flatten(0, 1)) if "context" in more else None
-    return Condition(more["start"].flatten(0, 1), more["vector"].flatten(0, 1), context)
+    ahead = more["ahead"].flatten(0, 1) if "ahead" in more else None
+    return Condition(more["start"].flatten(0, 1), more["vector"].flatten(0, 1), context, ahead)
 
 
 class Conditioner(Protocol):
@@ -134,8 +141,14 @@ class ScaleTransformer(nn.Module):
         return Rows.of(self.layout.level_N[where], self.layout.place_N[where])
 
     def _run(self, x: Tensor, c: Condition, rows: Rows, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        call = Call(mask=mask, cache=cache, vector=self.modulation(c), context=c.context, rows=rows)
+        vector = self.modulation(c) if c.ahead is None else c.vector
+        call = Call(mask=mask, cache=cache, vector=vector, ahead=c.ahead, context=c.context, rows=rows)
         return self.trunk(x, call)
+
+    def once(self, c: Condition) -> Condition:
+        """The condition with the vectors of all blocks: they do not depend on the step."""
+        vector = self.modulation(c)
+        return c._replace(ahead=torch.stack([block.modulation(vector) for block in self.trunk.blocks], 1))
 
     def modulation(self, c: Condition) -> Tensor:
         """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""

@@ -16,16 +16,26 @@ class Call:
     """What every block of one trunk call may read.
 
     mask [B*G|B|1, 1, Q, K] bool or None; rotary table [B*G|B|1, R, h/2, 2]; cache; the modulation input `vector`
-    [B*G, D]; cross-attention `context` = (keys [B*G, T, E], visible [B*G, T] bool or None). Mask and table of an item
-    serve all its guidance rows. `rows` says which rows x holds, for blocks that go by their steps.
+    [B*G, D], or what all layers make of it, `ahead` [B*G, layers, n, D]; cross-attention `context` = (keys
+    [B*G, T, E], visible [B*G, T] bool or None). Mask and table of an item serve all its guidance rows. `rows` says
+    which rows x holds, for blocks that go by their steps.
     """
 
     mask: Tensor | None = None
     table: Tensor | None = None
     cache: Cache | None = None
     vector: Tensor | None = None
+    ahead: Tensor | None = None
     context: tuple[Tensor, Tensor | None] | None = None
     rows: Rows | None = None
+
+    def modulated(self, modulation: nn.Module, layer: int) -> tuple[Tensor, ...]:
+        """The vectors [B*G, 1, D] of a layer. ValueError where the call has no condition."""
+        if self.ahead is not None:
+            return self.ahead[:, layer, :, None].unbind(1)
+        if self.vector is None:
+            raise ValueError("a modulated block needs a condition vector in its call, got None")
+        return modulation(self.vector)[:, :, None].unbind(1)
 
 
 class Trunk(nn.Module):

@@ -87,10 +87,8 @@ class DecoupledBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
-        if call.vector is None or call.rows is None:
-            raise ValueError(f"a decoupled block needs a condition vector and rows in its call, got {call}")
         inside = replace(call, cache=None)  # of coarser scales only the mixer knows
-        g1, g2, g3, s1, s2, s3, b1, b2, b3 = self.modulation(call.vector)[:, :, None].unbind(1)
+        g1, g2, g3, s1, s2, s3, b1, b2, b3 = call.modulated(self.modulation, layer)
         x = x + self.drop_path(g1 * self.attn(self.norm(x) * (1 + s1) + b1, inside, layer))
         x = x + self.drop_path(g2 * self.across(self.norm(x) * (1 + s2) + b2, call, layer))
         return x + self.drop_path(g3 * self.ffn(self.norm(x) * (1 + s3) + b3))

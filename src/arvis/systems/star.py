@@ -11,7 +11,7 @@ nothing of each other: for the large scales a small network draws a few, sees th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -165,10 +165,12 @@ class FirstRow(nn.Module):
         self.cross = cross
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        out = self.cross(x, call)
-        items = len(out) if call.cache is None else len(call.cache.step)
-        first = out.unflatten(0, (items, -1))[:, :1]
-        return first.expand(-1, len(out) // items, -1, -1).flatten(0, 1)
+        if call.context is None:
+            raise ValueError("a cross-attention block needs a context in its call, got None")
+        each = 1 if call.cache is None else len(x) // len(call.cache.step)
+        text, visible = call.context
+        context = text[::each], visible if visible is None else visible[::each]
+        return self.cross(x[::each], replace(call, context=context)).repeat_interleave(each, 0)
 
 
 class Block(nn.Module):
@@ -301,6 +303,10 @@ class STARTransformer(nn.Module):
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
         call = Call(mask=mask, table=self._precise(table), cache=cache, context=c.context, rows=rows)
         return self.trunk(x, call)
+
+    def once(self, c: Condition) -> Condition:
+        """What of the condition is made once for all steps: nothing, as nothing is modulated."""
+        return c
 
     def stable(self, h: Tensor, placed_BnC: Tensor, pooled: Tensor, first: int, last: int) -> Tensor:
         """The sampler's logits [B*G, n, V] of scales first..last-1, from their hidden rows and placed code vectors."""

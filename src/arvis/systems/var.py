@@ -120,7 +120,7 @@ class VAR(nn.Module):
         t = scale[:, None] * ramp  # t = cfg k / (K - 1): [B, K]
         guided = bool((scale != 0).any())
         null = torch.zeros(items, dtype=torch.bool, device=device)
-        c = stacked([self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))])
+        rows = [self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))]
         s = State(
             tokens=torch.zeros(items, layout.n, 1, dtype=torch.int64, device=device),
             group=by_level(layout).to(device).expand(items, -1).clone(),
@@ -133,7 +133,7 @@ class VAR(nn.Module):
             knobs={name: per_item(getattr(sampling, name), items) for name in ("top_k", "top_p", "temperature")},
             given=given,
             cache={"trunk": Cache(items, layout.offsets[-2])} if looks_back(self.see, layout.K) else {},
-            more={"f": self.tokenizer.start(items, layout), **c},
+            more={"f": self.tokenizer.start(items, layout), **stacked([self.transformer.once(c) for c in rows])},
         )
         if given is not None:
             for k in range(s.given_groups()):  # the next predict feeds them in one pass
