@@ -32,7 +32,7 @@ def counted() -> list[Effect]:
             note="the best of 2 pictures costs 2; decoding for the reward is not counted",
         ),
         Effect(
-            quantity="part of the tokens that lie in the scales where more than one path of two is cut",
+            quantity="part of a picture's tokens that lie in the scales where more than two paths run, 1M pixels",
             value=coarse,
             unit="",
             how="counted",
