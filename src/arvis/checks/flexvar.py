@@ -63,7 +63,7 @@ class Length:
     """Updates of each stage."""
 
     tokenizer: int = 600
-    transformer: int = 250
+    transformer: int = 400
 
 
 def config() -> FlexVARConfig:

@@ -32,9 +32,7 @@ from arvis.training.refinement import RefinementConfig, predict, refine, student
 PARAMETERS = {"sar-d16": 315_561_936, "sar-d20": 607_513_952, "sar-d24": 1_041_314_576}
 """Of the official transformers."""
 
-SIGMA = 0.3
-TRIED = 150
-"""Test digits that are looked at."""
+SIGMA = 0.1
 LAST = SHORT.K - 1
 
 
@@ -135,8 +133,8 @@ def some(trained: Trained) -> dict[str, Any]:
 def said(trained: Trained, system: Any) -> tuple[Tensor, Tensor, Any]:
     """(true codes, codes that a teacher-forced pass predicts, condition) of the test digits on four scales."""
     data = trained.digits
-    tokens = system.tokenizer.encode(data.test_images[:TRIED], SHORT)
-    cond = system.prepare({"class_labels": data.test_labels[:TRIED]})
+    tokens = system.tokenizer.encode(data.test_images, SHORT)
+    cond = system.prepare({"class_labels": data.test_labels})
     d = system.teacher(tokens, cond, SHORT)
     return (
         tokens,
