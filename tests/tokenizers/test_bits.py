@@ -273,3 +273,15 @@ def test_fewer_halvings_and_a_decoder_of_its_own_widths():
     z = encode(torch.zeros(1, 3, 16, 8))
     assert config.downsample == 2 and z.shape == (1, 6, 8, 4) and decode(z).shape == (1, 3, 16, 8)
     assert decode.norm_out.num_channels == 64 and len(decode.up) == 2 and len(encode.down) == 3
+
+
+def test_the_log_tells_how_even_the_bits_are(tokenizer):
+    """A bit that is set in half of the tokens has an entropy of 1, one that never is of 0."""
+    assert tokenizer.metrics() == {}
+    tokens = torch.zeros(2, 4, tokenizer.space.S, dtype=torch.int64)
+    tokens[0, :, 1:] = 1
+    f, layout = torch.zeros(0), tokenizer.layout()
+    tokenizer.tend_(f, tokens, layout, Noise.of(0, 2), 0, None)
+    told = tokenizer.metrics()
+    assert told["bit_entropy_least"] == 0
+    torch.testing.assert_close(told["bit_entropy"], torch.tensor(1 - 1 / tokenizer.space.S))

@@ -6,6 +6,7 @@ codes add up to the map that is decoded. There is no convolution between levels,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,7 @@ class BitPyramid(nn.Module):
         self.config = config
         self.encoder, self.decoder = coder(config.backbone)
         self.quantize = BSQ(BSQConfig(bits=config.bits, entropy=config.entropy, commit=config.commit))
+        self._share_of_ones: Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -219,11 +221,17 @@ class BitPyramid(nn.Module):
         """There is no table."""
 
     def tend_(self, f: Tensor, tokens: Tensor, layout: Layout, noise: Source, updates: int, below: float | None) -> int:
-        """There are no codes that could die."""
+        """There are no codes that could die; how often each bit is set is kept for the log."""
+        self._share_of_ones = tokens.float().mean((0, 1))
         return 0
 
     def metrics(self) -> dict[str, Tensor]:
-        return {}
+        """The mean entropy of a bit over the last batch, in bits (1: as often set as not), and the lowest one."""
+        if self._share_of_ones is None:
+            return {}
+        p = self._share_of_ones
+        entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / math.log(2)
+        return {"bit_entropy": entropy.mean(), "bit_entropy_least": entropy.min()}
 
 
 def _resized(h_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arvis.nn.attention import attend
+
 
 @dataclass(frozen=True, kw_only=True)
 class CNNConfig:
@@ -88,7 +90,7 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, HW, 3C]
         q, k, v = qkv.chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q, k, v)  # scale C^-0.5
+        h = attend(q, k, v, None, q.shape[-1] ** -0.5)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
