@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from arvis.quant import MultiScaleVQ, MultiScaleVQConfig
-from arvis.quant.bands import band, band_target, edges, low_pass, rings, squares
+from arvis.quant.bands import BandTarget, band, edges, low_pass, rings, squares
 from arvis.quant.multiscale import area_target, residual_encode, to_map, to_rows
 from arvis.tokens import Layout, pyramid
 
@@ -100,7 +100,7 @@ def test_low_passes_of_autocast_are_whole():
 
 @layouts
 def test_the_target_is_the_recursion_of_the_paper(layout):
-    f, own = maps(layout, dtype=torch.float64), quantizer(layout, band_target(), ratio=0.5).double()
+    f, own = maps(layout, dtype=torch.float64), quantizer(layout, BandTarget(), ratio=0.5).double()
     tokens, rest = own.encode(f, layout), torch.zeros_like(f)
     for k in range(layout.K):  # R_0 = 0; g = R + band; q = nearest(down(g)); R = g - up(q)
         g = rest + band(f, k, layout)
@@ -115,7 +115,7 @@ def test_the_target_is_the_recursion_of_the_paper(layout):
 @layouts
 @pytest.mark.parametrize("seed", [0, 1])
 def test_whatever_the_codes_the_sum_and_the_rest_are_the_map(layout, seed):
-    f, own = maps(layout), quantizer(layout, band_target())
+    f, own = maps(layout), quantizer(layout, BandTarget())
     noise = torch.Generator().manual_seed(seed)
     seen = []
 
@@ -124,7 +124,7 @@ def test_whatever_the_codes_the_sum_and_the_rest_are_the_map(layout, seed):
         return seen[-1]
 
     total, rest = torch.zeros_like(f), f
-    for k, (z, h) in enumerate(residual_encode(f, code, own.spread, layout, band_target())):
+    for k, (z, h) in enumerate(residual_encode(f, code, own.spread, layout, BandTarget())):
         goal = to_rows(area_target(low_pass(f, k, layout) - total, f, k, layout))
         torch.testing.assert_close(z, goal, atol=2e-5, rtol=0)
         total, rest = total + h, rest - h
@@ -135,7 +135,7 @@ def test_codes_of_nothing_leave_each_level_its_low_pass():
     f = maps(OFFICIAL)
     for k, (z, _) in enumerate(
         residual_encode(
-            f, lambda z, k: torch.zeros_like(z), quantizer(OFFICIAL, band_target()).spread, OFFICIAL, band_target()
+            f, lambda z, k: torch.zeros_like(z), quantizer(OFFICIAL, BandTarget()).spread, OFFICIAL, BandTarget()
         )
     ):
         bias = to_map(z, OFFICIAL.levels[k])
@@ -144,7 +144,7 @@ def test_codes_of_nothing_leave_each_level_its_low_pass():
 
 def test_a_constant_map_is_coded_by_the_first_level():
     layout = OFFICIAL
-    own = quantizer(layout, band_target(), ratio=0.0)
+    own = quantizer(layout, BandTarget(), ratio=0.0)
     own.embedding.weight.data[7], own.embedding.weight.data[3] = torch.arange(6).float(), 0.0
     f = torch.arange(6).float()[None, :, None, None].expand(2, -1, 16, 16)
     tokens = own.encode(f, layout)[..., 0]
@@ -155,9 +155,9 @@ def test_a_constant_map_is_coded_by_the_first_level():
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_with_all_frequencies_in_the_first_band_it_is_the_quantiser_over_areas(ratio):
     f = maps(OFFICIAL)
-    whole = quantizer(OFFICIAL, band_target(everything_first), ratio=ratio).encode(f, OFFICIAL)
+    whole = quantizer(OFFICIAL, BandTarget(everything_first), ratio=ratio).encode(f, OFFICIAL)
     areas = quantizer(OFFICIAL, area_target, ratio=ratio).encode(f, OFFICIAL)
-    cut = quantizer(OFFICIAL, band_target(), ratio=ratio).encode(f, OFFICIAL)
+    cut = quantizer(OFFICIAL, BandTarget(), ratio=ratio).encode(f, OFFICIAL)
     assert torch.equal(whole, areas) and not torch.equal(cut, areas)
 
 
@@ -166,7 +166,7 @@ def test_high_frequencies_are_unknown_to_the_coarse_levels():
     f = maps(OFFICIAL)
     k = 6
     high = f - low_pass(f, k, OFFICIAL)
-    own, areas = (quantizer(OFFICIAL, target) for target in (band_target(), area_target))
+    own, areas = (quantizer(OFFICIAL, target) for target in (BandTarget(), area_target))
     coarse = slice(0, OFFICIAL.offsets[k + 1])
     assert torch.equal(own.encode(f, OFFICIAL)[:, coarse], own.encode(f - 0.9 * high, OFFICIAL)[:, coarse])
     assert not torch.equal(areas.encode(f, OFFICIAL)[:, coarse], areas.encode(f - 0.9 * high, OFFICIAL)[:, coarse])

@@ -1,5 +1,7 @@
 """NFIG is VAR with another target of its tokenizer, and nothing else."""
 
+import pickle
+
 import torch
 
 from arvis.noise import Noise
@@ -25,6 +27,8 @@ def test_it_is_var_but_for_what_a_scale_codes():
     f = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     a, b = (s.tokenizer.quantize.targets(f, s.tokenizer.layout()) for s in (mine, theirs))
     assert not torch.equal(a, b)
+    again = pickle.loads(pickle.dumps(mine)).tokenizer
+    assert torch.equal(again.quantize.targets(f, again.layout()), a)
     mine.tokenizer.quantize.target = area_target
     assert torch.equal(mine.tokenizer.quantize.targets(f, mine.tokenizer.layout()), b)
 

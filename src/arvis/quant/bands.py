@@ -8,13 +8,14 @@ everything. A ring may hold no frequency of the map: that level codes what is le
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from arvis.nn.wide import unrounded
-from arvis.quant.multiscale import Target, area_target
+from arvis.quant.multiscale import area_target
 from arvis.tokens import Layout
 
 Bands = Callable[[Layout], Tensor]
@@ -64,14 +65,15 @@ def band(f: Tensor, k: int, layout: Layout, bands: Bands = rings) -> Tensor:
     return low if k == 0 else low - low_pass(f, k - 1, layout, bands)
 
 
-def band_target(bands: Bands = rings) -> Target:
+@dataclass(frozen=True)
+class BandTarget:
     """What level k codes: g_k = f in bands 0..k, without what is coded already, averaged over the cells of level k.
 
     The paper's recursion R_0 = 0, g_k = R_{k-1} + band_k, R_k = g_k - coded_k (Eq. 3) telescopes to this: the residual
     of all of f, without what lies in higher bands. With all frequencies in band 0 it is VAR's target.
     """
 
-    def target(rest: Tensor, f: Tensor, k: int, layout: Layout) -> Tensor:
-        return area_target(rest - (f - low_pass(f, k, layout, bands)), f, k, layout)
+    bands: Bands = rings
 
-    return target
+    def __call__(self, rest: Tensor, f: Tensor, k: int, layout: Layout) -> Tensor:
+        return area_target(rest - (f - low_pass(f, k, layout, self.bands)), f, k, layout)

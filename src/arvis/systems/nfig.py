@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from arvis.nn.scales import ClassConditioner
 from arvis.published import Preset, Result
-from arvis.quant.bands import band_target
+from arvis.quant.bands import BandTarget
 from arvis.systems.var import PATCH_NUMS_256, VAR, VARConfig, VARSampling, assemble
 from arvis.systems.var import PRESETS as VAR_PRESETS
 from arvis.systems.var import preset as sizes
@@ -26,7 +26,7 @@ NFIGSampling = VARSampling
 
 def build(config: NFIGConfig) -> VAR:
     """A VAR over frequency bands with freshly initialised weights."""
-    return assemble(config, ClassConditioner(config.num_classes, config.width), target=band_target())
+    return assemble(config, ClassConditioner(config.num_classes, config.width), target=BandTarget())
 
 
 def _preset(depth: int, epochs: int) -> Preset:
@@ -55,7 +55,11 @@ PRESETS = {
 
 RESULTS = tuple(
     Result(
-        preset="nfig-310m", metric=metric, value=value, settings="cfg 4.5, top_k 990, 50k", source="paper, as others quote it"
+        preset="nfig-310m",
+        metric=metric,
+        value=value,
+        settings="cfg 4.5, top_k 990, 50k",
+        source="paper, as others quote it",
     )
     for metric, value in (("FID", 2.81), ("IS", 332.42), ("precision", 0.77), ("recall", 0.59), ("rFID", 0.85))
 )
