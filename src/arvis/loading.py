@@ -164,9 +164,13 @@ def published(
 
 def refuse_official_repository(name: str) -> None:
     """WeightsError with the names of the models whose official files a hub repository holds; there are several in one,
-    and none of them says which."""
+    and none of them says which. A model that borrows its tokenizer from there is none of them."""
     presets = {n: p for slug in systems.SYSTEMS for n, p in getattr(systems.system(slug), "PRESETS", {}).items()}
-    names = [n for n, preset in presets.items() if any(file.repo == name for file in preset.files.values())]
+
+    def own(preset: Preset) -> set[str]:
+        return {file.repo for part, file in preset.files.items() if part != "tokenizer" or len(preset.files) == 1}
+
+    names = [n for n, preset in presets.items() if name in own(preset)]
     if names:
         raise WeightsError(f"{name} holds the official files of {', '.join(names)}: load one of these by its name")
 

@@ -82,8 +82,8 @@ class Model:
         self.system, self.fast = system.eval(), fast or quantize is not None
         if quantize is not None and quantize not in STORES:
             raise ValueError(f"quantize is {' or '.join(STORES)}, got {quantize!r}")
-        for name, part in self.system.parts().items() if self.fast else ():
-            pack(part, STORES[quantize] if quantize and name != "tokenizer" else Forms)
+        for role, part in self.system.parts().items() if self.fast else ():
+            pack(part, STORES[quantize] if quantize and role != "tokenizer" else Forms)
         self.slug, self.name, self.config = slug, name, config
         self.settings, self.source = dict(settings), dict(source)
         self.precision: Precision = pick(self.device, precision)

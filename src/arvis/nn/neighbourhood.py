@@ -96,7 +96,7 @@ def neighbours(
 def _bands(size: tuple[int, ...], kernel: int, tile: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
     """For each row of tiles: cells [tiles, T], keys [tiles, W], what is seen [tiles, T, W]; and where each cell of the
     grid is among all of theirs. On the host."""
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.inference_mode(False):  # kept tables also serve training
         rows, columns = (_tiles(length, kernel, min(tile, length)) for length in size)
         bands, wide = [], size[1]
         for y, ys, seen_y in zip(*rows, strict=True):

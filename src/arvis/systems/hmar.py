@@ -479,4 +479,5 @@ def tiny() -> HMAR:
     system = build(HMARConfig(scale=scale, mask_layers=1, learns="mask"))
     for head in (system.transformer.scales.head, system.transformer.head):  # so that what it sees moves what it draws
         nn.init.normal_(head.linear.weight, std=0.5)
+    nn.init.normal_(system.transformer.mask)  # the branch is one that has learned
     return system
