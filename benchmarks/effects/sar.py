@@ -74,7 +74,6 @@ def measured(length: Length = WHOLE) -> list[Effect]:
             value=gaps["plain"] / gaps["refined"],
             unit="x",
             how="measured",
-            published="FID 2.21 to 2.14, d24",
             note=f"{gaps['plain']:.4f} and {gaps['refined']:.4f}; {told}",
         ),
         Effect(
