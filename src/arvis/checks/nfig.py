@@ -23,8 +23,8 @@ from arvis.checks.var import cached, forget_cache
 from arvis.noise import Noise
 from arvis.quant.bands import BandTarget, band, low_pass, rings
 from arvis.quant.multiscale import area_target, to_rows
-from arvis.systems import nfig, var
-from arvis.systems.var import VAR, VARConfig
+from arvis.systems import nfig
+from arvis.systems.nfig import VAR, ClassConditioner, VARConfig, assemble
 from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.pyramid import PyramidVQ, PyramidVQConfig
 
@@ -79,14 +79,19 @@ def config() -> VARConfig:
     return VARConfig(tokenizer=tokenizer, depth=2, width=32, heads=2, num_classes=CLASSES, adaln_init=1.0)
 
 
+def plain(config: VARConfig) -> VAR:
+    """The same system with VAR's own tokenizer."""
+    return assemble(config, ClassConditioner(config.num_classes, config.width))
+
+
 def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None) -> Trained:
     """Both tokenizers from the same weights, on the same batches."""
     data = photographs() if data is None else data
     systems = []
-    for module in (nfig, var):
+    for build in (nfig.build, plain):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            systems.append(module.build(config()))
+            systems.append(build(config()))
         learn_pictures(systems[-1].tokenizer, data, length.tokenizer, on_step)
     return Trained(systems[0].eval(), systems[1].tokenizer, data)
 

@@ -59,7 +59,7 @@ class Conditioner(Protocol):
 class ClassConditioner(nn.Module):
     """One learned row per class, and a last one for "no class"; it is the start row and the modulation at once."""
 
-    conditions = ("class_labels",)
+    conditions: tuple[str, ...] = ("class_labels",)
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
