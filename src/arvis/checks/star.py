@@ -61,8 +61,8 @@ class Trained:
 class Length:
     """Updates of the tokenizer, of the transformer with its sampler, and of the model of patterns."""
 
-    tokenizer: int = 350
-    transformer: int = 250
+    tokenizer: int = 260
+    transformer: int = 220
     patterns: int = 700
 
 
