@@ -53,7 +53,7 @@ class Trained:
 class Length:
     """Updates of the tokenizer and of each stage."""
 
-    tokenizer: int = 450
+    tokenizer: int = 300
     scales: int = 300
     mask: int = 300
 
