@@ -150,6 +150,14 @@ def test_all_layers_or_no_late_scale_is_the_base_bit_for_bit(base):
 
 
 @torch.no_grad()
+def test_a_sub_network_walks_as_a_system_of_its_own(base):
+    tokens, system = tokens_of(base), Variant(base, 2, 2)
+    found, _ = followed(system.at(), base.Sampling(), tokens)
+    wanted, _ = followed(system, system.Sampling(), tokens)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@torch.no_grad()
 def test_sampling_over_the_cache_is_the_one_pass_at_every_depth(base):
     tokens, system, cond = tokens_of(base), Variant(base, 2, 2), condition(base)
     for full in range(5):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arvis.nn.adaln import AdaLNBlock
 from arvis.nn.cache import Cache
-from arvis.nn.scales import Condition, Conditioner
+from arvis.nn.scales import Condition, Conditioner, made_ahead
 from arvis.nn.trunk import Call, Trunk
 from arvis.nn.wide import unrounded
 from arvis.rows import Rows, See, render
@@ -136,12 +136,16 @@ class RotaryScaleTransformer(nn.Module):
         dtype = torch.promote_types(self.start_position.dtype, torch.float32)
         return scale_table(layout, self.grid(layout), self.head_dim, self.style).to(dtype)
 
-    def modulation(self, vector: Tensor) -> Tensor:
-        """What the blocks' modulations take: the condition [R, D], or the six vectors [R, 6, D] that they share."""
+    def modulation(self, c: Condition) -> Tensor:
+        """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""
         if self.shared is None:
-            return vector
-        with unrounded(vector):
-            return self.shared(F.silu(vector.to(self.shared.weight.dtype))).view(-1, 6, self.width)
+            return c.vector
+        with unrounded(c.vector):
+            return self.shared(F.silu(c.vector.to(self.shared.weight.dtype))).view(-1, 6, self.width)
+
+    def once(self, c: Condition) -> Condition:
+        """The condition with the vectors of all blocks."""
+        return made_ahead(c, self.trunk, self.modulation(c))
 
     def embed(self, c: Condition, x_BNC: Tensor | None, first: int) -> Tensor:
         """Input rows [B*G, R, D] from the features of the levels, without level 0."""
@@ -174,8 +178,8 @@ class RotaryScaleTransformer(nn.Module):
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < layout.K)
         x = self.embed(c, x_BNC, first)
         level = self.level(level_R.to(x.device))
-        vector, table = self.modulation(c.vector), self.table(layout)[:, span]
-        call = Call(mask=mask, table=table, cache=cache, vector=vector, context=c.context, rows=rows)
+        vector, table = self.modulation(c) if c.ahead is None else c.vector, self.table(layout)[:, span]
+        call = Call(mask=mask, table=table, cache=cache, vector=vector, ahead=c.ahead, context=c.context, rows=rows)
         at = 0
         for stop in sorted({*self.told_before, *(i + 1 for i in taps), len(self.trunk)} - {0}):
             x = x + level if at in self.told_before else x

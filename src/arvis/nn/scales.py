@@ -146,9 +146,8 @@ class ScaleTransformer(nn.Module):
         return self.trunk(x, call)
 
     def once(self, c: Condition) -> Condition:
-        """The condition with the vectors of all blocks: they do not depend on the step."""
-        vector = self.modulation(c)
-        return c._replace(ahead=torch.stack([block.modulation(vector) for block in self.trunk.blocks], 1))
+        """The condition with the vectors of all blocks."""
+        return made_ahead(c, self.trunk, self.modulation(c))
 
     def modulation(self, c: Condition) -> Tensor:
         """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""
@@ -159,6 +158,11 @@ class ScaleTransformer(nn.Module):
         initialise(self, self.trunk, self.head, self.width, gate)
         for position in (self.start_position, self.position):
             nn.init.trunc_normal_(position, std=(1 / (3 * self.width)) ** 0.5)
+
+
+def made_ahead(c: Condition, trunk: Trunk, vector: Tensor) -> Condition:
+    """The condition with the vectors of all blocks, from what modulates them: they do not depend on the step."""
+    return c._replace(ahead=torch.stack([block.modulation(vector) for block in trunk.blocks], 1))
 
 
 def initialise(module: nn.Module, trunk: Trunk, head: AdaLNHead, width: int, gate: float) -> None:

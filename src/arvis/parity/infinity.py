@@ -136,7 +136,7 @@ def _text(system: Infinity, cond: Cond) -> Iterator[tuple[str, Tensor]]:
     assert c.context is not None
     yield "cond_BD", c.vector
     yield "text_ca", c.context[0][cond["visible"]]
-    gss = transformer.modulation(c.vector)
+    gss = transformer.modulation(c)
     yield "gss_shared", gss[:, None] if gss.dim() == 3 else gss
 
 

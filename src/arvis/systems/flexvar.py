@@ -29,7 +29,7 @@ from arvis.nn.adaln import (
     SharedModulation,
 )
 from arvis.nn.cache import Cache
-from arvis.nn.scales import ClassConditioner, Condition, Conditioner, initialise, stacked, unstacked
+from arvis.nn.scales import ClassConditioner, Condition, Conditioner, initialise, made_ahead, stacked, unstacked
 from arvis.nn.trunk import Call, Trunk
 from arvis.noise import Source
 from arvis.orders import by_level
@@ -189,10 +189,16 @@ class ResizedScaleTransformer(nn.Module):
         rows = Rows.of(layout.level_N[layout.offsets[first] : layout.offsets[last]])
         # nothing reads the rows of the last scale later, so they take no slot of the cache
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < layout.K)
-        vector = c.vector
-        if self.shared is not None:
-            vector = self.shared(F.silu(c.vector)).view(-1, 6, self.width)
-        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, rows=rows))
+        vector = self.modulation(c) if c.ahead is None else c.vector
+        return self.trunk(x, Call(mask=mask, cache=cache, vector=vector, ahead=c.ahead, rows=rows))
+
+    def once(self, c: Condition) -> Condition:
+        """The condition with the vectors of all blocks."""
+        return made_ahead(c, self.trunk, self.modulation(c))
+
+    def modulation(self, c: Condition) -> Tensor:
+        """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""
+        return c.vector if self.shared is None else self.shared(F.silu(c.vector)).view(-1, 6, self.width)
 
     def init_weights(self, gate: float) -> None:
         """VAR's initialisation; the grid of positions stays as it was made."""
@@ -267,7 +273,7 @@ class FlexVAR(nn.Module):
         weights = weigh(sampling, items, layout)
         guided = weights.shape[-1] > 1
         null = torch.zeros(items, dtype=torch.bool, device=device)
-        c = stacked([self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))])
+        rows = [self.transformer.conditioner(cond, null | u) for u in ((False, True) if guided else (False,))]
         s = State(
             tokens=torch.zeros(items, layout.n, 1, dtype=torch.int64, device=device),
             group=by_level(layout).to(device).expand(items, -1).clone(),
@@ -283,7 +289,7 @@ class FlexVAR(nn.Module):
             },
             given=given,
             cache={"trunk": Cache(items, layout.offsets[-2])},
-            more={"f": self.tokenizer.start(items, layout), **c},
+            more={"f": self.tokenizer.start(items, layout), **stacked([self.transformer.once(c) for c in rows])},
         )
         if given is not None:
             for k in range(s.given_groups()):  # the next predict feeds them in one pass

@@ -234,7 +234,7 @@ class Infinity(nn.Module):
             },
             given=given,
             cache={"trunk": Cache(items, layout.offsets[-2])},
-            more={"f": self.tokenizer.start(items, layout), **stacked(rows)},
+            more={"f": self.tokenizer.start(items, layout), **stacked([self.transformer.once(c) for c in rows])},
             key=tuple(sampling.guide_after),
         )
         if given is not None:

@@ -66,6 +66,11 @@ class Shortened(nn.Module):
     def __len__(self) -> int:
         return len(self.trunk)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All layers, also those that no row passes."""
+        return self.trunk.blocks
+
     def forward(self, x_RD: Tensor, call: Call, layers: Sequence[int] | None = None) -> Tensor:
         if call.rows is None:
             raise ValueError("which layers a row passes depends on its scale: the call needs rows, got None")
