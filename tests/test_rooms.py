@@ -17,7 +17,7 @@ import arvis
 ROOMS = (
     ("config", "tokens", "noise", "rows", "orders"),
     ("nn",),
-    ("diffusion", "denoise", "sampling", "dist", "state"),
+    ("diffusion", "denoise", "sampling", "dist", "reveal", "state"),
     ("quant", "tokenizers"),
     ("next_token", "walk", "search", "speculative", "editing"),
     ("published", "weights"),

@@ -14,17 +14,8 @@ from arvis.nn.rotary_scales import normalised_table
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
 from arvis.parity.star import FirstOfBatch
-from arvis.systems.star import (
-    FirstRow,
-    Inside,
-    Plan,
-    Stable,
-    STARSampling,
-    build,
-    plan,
-    reveal_counts,
-    tiny,
-)
+from arvis.reveal import Plan, Revealed, reveal_counts
+from arvis.systems.star import FirstRow, Inside, STARSampling, build, plan, tiny
 from arvis.tokens import Pin, pyramid
 from arvis.walk import finish, generate
 from small import built
@@ -81,13 +72,13 @@ def copying(codes: int = 4):
 
 def test_tokens_that_belong_together_are_drawn_alike_and_independent_ones_are_not():
     law, seen = copying()
-    d = Stable(torch.arange(9)[None], law, Plan(4, 0, 2), items=200)
+    d = Revealed(torch.arange(9)[None], law, Plan(4, 0, 2), items=200)
     x = d.sample(Noise.of(0, 200))[..., 0]
     assert (x == x[:, :1]).all() and x[:, 0].bincount(minlength=4).min() > 20
     assert [int(known.sum(1).max()) for _, known in seen] == [0, *reveal_counts(torch.tensor([9]), 4)[0, :3].cumsum(0)]
     for (x0, known), (x1, _) in pairwise(seen):
         assert torch.equal(x0[known], x1[known]), "what is placed stays"
-    one = Stable(torch.arange(9)[None], copying()[0], Plan(1, 0, 0), items=200).sample(Noise.of(0, 200))[..., 0]
+    one = Revealed(torch.arange(9)[None], copying()[0], Plan(1, 0, 0), items=200).sample(Noise.of(0, 200))[..., 0]
     assert (one == one[:, :1]).all(1).float().mean() < 0.1
 
 
@@ -95,7 +86,7 @@ def test_given_tokens_are_placed_before_the_others():
     law, seen = copying()
     mask = torch.zeros(3, 9, dtype=torch.bool)
     mask[:, 4], mask[1, :8] = True, True
-    d = Stable(torch.arange(9)[None], law, Plan(4, 0, 2), items=3)
+    d = Revealed(torch.arange(9)[None], law, Plan(4, 0, 2), items=3)
     x = d.sample(Noise.of(0, 3), Pin(mask, torch.full((3, 9, 1), 3)))
     assert x.eq(3).all() and seen[0][1].equal(mask)
     with pytest.raises(NotImplementedError, match="no likelihood"):
@@ -109,7 +100,7 @@ def test_after_the_random_steps_the_surest_are_placed():
         return torch.stack((p, 1 - p), -1)
 
     seen: list[torch.Tensor] = []
-    d = Stable(torch.arange(6)[None], law, Plan(3, 0, 0), items=2)
+    d = Revealed(torch.arange(6)[None], law, Plan(3, 0, 0), items=2)
     d.sample(Noise.of(0, 2))
     first = int(reveal_counts(torch.tensor([6]), 3)[0, 0])
     u = Noise.of(0, 2).uniform("draw", 0, (3, 6))[:, 0]
@@ -122,7 +113,7 @@ def test_the_released_mixture_places_two_sets_while_it_draws_without_the_sampler
     assert plan("independent", 8, 5, 9) is None and plan("stable", 6, 5, 13) == Plan(6, 0, 5)
     assert plan("mixed", 8, 5, 12) == Plan(8, 5, 5) and plan("mixed", 8, 5, 13) == Plan(15, 0, 5)
     law, seen = copying()
-    Stable(torch.arange(64)[None], law, Plan(8, 5, 5), items=1).sample(Noise.of(0, 1))
+    Revealed(torch.arange(64)[None], law, Plan(8, 5, 5), items=1).sample(Noise.of(0, 1))
     counts = reveal_counts(torch.tensor([64]), 8)[0]
     placed = [int(known.sum()) for _, known in seen]
     assert placed[1] == 2 * counts[0] and all(placed[s] > counts[:s].sum() for s in range(1, 8))

@@ -24,8 +24,9 @@ from arvis.nn.attention import rotate
 from arvis.nn.rotary_scales import normalised_table
 from arvis.nn.text import TextConfig
 from arvis.noise import Noise
+from arvis.reveal import Revealed
 from arvis.rows import same
-from arvis.systems.star import PRESETS, STAR, Inside, Stable, STARConfig, STARSampling, build
+from arvis.systems.star import PRESETS, STAR, Inside, STARConfig, STARSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
@@ -179,7 +180,7 @@ def placed_once(system: STAR) -> Claim:
     s, wrong = system.start(system.prepare({"prompt": NAMES}), STARSampling(inside="stable"), Noise.of(2, CLASSES)), 0
     while not bool(s.done.all()):
         d, seen = system.predict(s), []
-        if isinstance(d, Stable):
+        if isinstance(d, Revealed):
             law = d.law
             d.law = lambda x, known, step, law=law, seen=seen: (seen.append((x, known)), law(x, known, step))[1]
         x = d.sample(s.noise)
@@ -298,7 +299,7 @@ def place_at_once(trained: Trained) -> None:
 
     def at_once(s: Any) -> Any:
         d = predict(s)
-        if isinstance(d, Stable):
+        if isinstance(d, Revealed):
             d.plan = d.plan._replace(steps=1)
         return d
 
@@ -312,7 +313,7 @@ def draw_again(trained: Trained) -> None:
 
     def again(s: Any) -> Any:
         d = predict(s)
-        if isinstance(d, Stable):
+        if isinstance(d, Revealed):
             sample = d.sample
             d.sample = lambda noise, pin=None, watch=None: sample(noise, pin, watch).flip(1)
         return d

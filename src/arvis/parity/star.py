@@ -12,17 +12,9 @@ from arvis.nn.clip import CLIPConfig
 from arvis.nn.trunk import Call
 from arvis.noise import Recorded
 from arvis.parity.harness import Fixture
+from arvis.reveal import reveal_counts
 from arvis.state import Cond
-from arvis.systems.star import (
-    STAR,
-    Inside,
-    STARConfig,
-    STARSampling,
-    build,
-    keys,
-    plan,
-    reveal_counts,
-)
+from arvis.systems.star import STAR, Inside, STARConfig, STARSampling, build, keys, plan
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
 from arvis.walk import finish, generate

@@ -33,10 +33,10 @@ from arvis.nn.adaln import (
 )
 from arvis.nn.cache import Cache
 from arvis.nn.captions import CaptionConditioner, CaptionConfig, WordConditioner, null_rows
+from arvis.nn.plain import PlainHead
 from arvis.nn.rotary_scales import RotaryScaleTransformer, Style, Tap
 from arvis.nn.scales import Condition, stacked, unstacked
 from arvis.nn.text import TextConfig
-from arvis.nn.wide import unrounded
 from arvis.noise import Source
 from arvis.orders import by_level
 from arvis.published import File, Preset, Result
@@ -139,22 +139,7 @@ class InfinityConfig:
         return round(self.width * self.mlp_ratio / 256) * 256 or round(self.width * self.mlp_ratio)
 
 
-# -- heads --------------------------------------------------------------------------------------------------------
-
-
-class PlainHead(nn.Module):
-    """Logits in float32, whatever the condition: linear(norm(x))."""
-
-    project = None
-
-    def __init__(self, width: int, codes: int, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps)
-        self.linear = nn.Linear(width, codes)
-
-    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        with unrounded(x):
-            return self.linear(self.norm(x if x.dtype == torch.float64 else x.float()))
+# -- codes in place of bits ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -400,7 +385,7 @@ def build(config: InfinityConfig) -> Infinity:
     transformer = RotaryScaleTransformer(
         conditioner,
         [block(config, i) for i in range(config.depth)],
-        (AdaLNHead if config.head_aln else PlainHead)(width, outputs, eps),
+        AdaLNHead(width, outputs, eps) if config.head_aln else PlainHead(width, outputs, nn.LayerNorm(width, eps)),
         channels=tokenizer.channels,
         width=width,
         head_dim=width // config.heads,

@@ -10,37 +10,34 @@ nothing of each other: for the large scales a small network draws a few, sees th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arvis.denoise import Watch
-from arvis.dist import Dist, pinned
+from arvis.dist import Dist
 from arvis.nn.adaln import (
     CosineTemperature,
     CrossAttention,
-    DropPath,
     FeedForward,
     FixedTemperature,
     KeyValue,
     SelfAttention,
     Temperature,
 )
-from arvis.nn.cache import Cache
 from arvis.nn.clip import ClipConditioner, CLIPConfig
+from arvis.nn.plain import PlainBlock, PlainHead
 from arvis.nn.rotary_scales import normalised_table
 from arvis.nn.scales import Condition, unstacked
+from arvis.nn.stable import StableSampler
 from arvis.nn.text import TextConfig, TextEncoder
-from arvis.nn.trunk import Call, Trunk
-from arvis.nn.wide import unrounded
+from arvis.nn.text_scales import TextScaleTransformer
+from arvis.nn.trunk import Call
 from arvis.noise import Source
 from arvis.published import File, Preset, Result
-from arvis.rows import Rows, See, render
-from arvis.sampling import draw, lowest
+from arvis.reveal import Plan, Revealed
 from arvis.state import Cond, State
 from arvis.systems.var import PATCH_NUMS_256, PATCH_NUMS_512, TOKENIZER_KEYS, VAR, tokenizer_config
 from arvis.tokenizers.patch import PatchConfig
@@ -150,9 +147,6 @@ class WordConditioner(nn.Module):
         return Condition(self.project(rows[:, 0]), rows[:, 0], (rows, visible))
 
 
-# -- the transformer ----------------------------------------------------------------------------------------------
-
-
 class FirstRow(nn.Module):
     """Compat: the first guidance row of an item speaks for its others in cross-attention.
 
@@ -173,183 +167,7 @@ class FirstRow(nn.Module):
         return self.cross(x[::each], replace(call, context=context)).repeat_interleave(each, 0)
 
 
-class Block(nn.Module):
-    """x += attn(norm(x)); [x += cross(norm(x), text);] x += ffn(norm(x)); the norms have no weights."""
-
-    def __init__(
-        self, width: int, *, attn: nn.Module, cross: nn.Module | None, ffn: nn.Module, eps: float, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps, elementwise_affine=False)
-        self.attn, self.cross, self.ffn = attn, cross, ffn
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, call: Call, layer: int) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm(x), call, layer))
-        if self.cross is not None:
-            x = x + self.cross(self.norm(x), call)
-        return x + self.drop_path(self.ffn(self.norm(x)))
-
-
-class Head(nn.Module):
-    """Logits in float32, whatever the condition: linear(norm(x))."""
-
-    def __init__(self, width: int, codes: int, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        self.linear = nn.Linear(width, codes)
-
-    def forward(self, x: Tensor, vector: Tensor | None = None) -> Tensor:
-        with unrounded(x):
-            return self.linear(self.norm(x if x.dtype == torch.float64 else x.float()))
-
-
-class StableSampler(nn.Module):
-    """Draws a scale with regard to those of its tokens that are placed: logits from what the transformer says of the
-    scale and from the code vectors there, zeros where none is.
-
-    A row of the text's summary comes first. It sees all rows, the others see it and their own scale.
-    """
-
-    def __init__(self, blocks: Sequence[Block], head: Head, *, channels: int, text: int, width: int, K: int) -> None:
-        super().__init__()
-        self.word = nn.Linear(channels, width)
-        self.level = nn.Embedding(K, width)
-        self.start_position = nn.Parameter(torch.zeros(1, 1, width))
-        self.project = nn.Linear(text, width)
-        self.join = nn.Linear(2 * width, width)
-        self.trunk = Trunk(blocks)
-        self.head = head
-
-    def forward(self, h: Tensor, placed_BnC: Tensor, pooled: Tensor, level_n: Tensor, table: Tensor) -> Tensor:
-        """Logits [B*G, n, V] of rows h [B*G, n, D] of some scales; table [1, 1 + n, ...] begins with position 0."""
-        first = self.project(pooled)[:, None] + self.start_position
-        word = self.word(placed_BnC) + self.level(level_n.to(h.device))
-        word = word.repeat_interleave(len(h) // len(word), 0)
-        x = self.join(torch.cat((torch.cat((first, word), 1), torch.cat((first, h), 1)), -1))
-        rows = Rows.of(torch.cat((torch.tensor([_SUMMARY]), level_n)))
-        x = self.trunk(x, Call(mask=render(_own_scale, rows, rows), table=table))
-        return self.head(x[:, 1:])
-
-
-_SUMMARY = -1
-
-
-def _own_scale(q: Rows, k: Rows) -> Tensor:
-    """Rows of one scale see each other; the summary is seen by all, and sees all."""
-    return (k.step == q.step) | (k.step == _SUMMARY) | (q.step == _SUMMARY)
-
-
-class STARTransformer(nn.Module):
-    """The transformer over scales: embed, blocks, head. Text starts the sequence, nothing is modulated."""
-
-    def __init__(
-        self,
-        conditioner: ClipConditioner | WordConditioner,
-        blocks: Sequence[Block],
-        head: Head,
-        sampler: StableSampler | None,
-        *,
-        layout: Layout,
-        channels: int,
-        width: int,
-        table: Tensor,
-        level_rows: bool = True,
-        class_rows: int = 0,
-    ) -> None:
-        super().__init__()
-        self.layout, self.width = layout, width
-        self.table = table
-        self.conditioner = conditioner
-        self.word = nn.Linear(channels, width)
-        self.start_position = nn.Parameter(torch.zeros(1, layout.sizes[0], width))
-        self.level = nn.Embedding(layout.K, width) if level_rows else None
-        self.classes = nn.Embedding(class_rows, width) if class_rows else None
-        """Compat: in every official file, and never read."""
-        self.trunk = Trunk(blocks)
-        self.head = head
-        self.sampler = sampler
-
-    def embed(self, c: Condition, x_BNC: Tensor | None, first: int, last: int) -> Tensor:
-        """Input rows [B*G, R, D] of scales first..last-1; x holds their features, without scale 0."""
-        rows = [c.start[:, None] + self.start_position] if first == 0 else []
-        if x_BNC is not None:
-            word = self.word(x_BNC)  # the same for every guidance row: multiplied once
-            rows.append(word.repeat_interleave(len(c.start) // len(word), 0))
-        x = torch.cat(rows, 1)
-        if self.level is None:
-            return x
-        return x + self.level(self._levels(first, last).to(x.device))
-
-    def forward(
-        self,
-        c: Condition,
-        x_BNC: Tensor | None,
-        first: int,
-        last: int,
-        see: See,
-        cache: Cache | None = None,
-        kept: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden rows [B*G, R, D] of scales first..last-1, over the cache where there is one; only of the positions
-        `kept` [B, R] where they are given."""
-        x, step = self.embed(c, x_BNC, first, last), self._levels(first, last)
-        table = self.table[:, self.layout.offsets[first] : self.layout.offsets[last]]
-        if kept is not None:
-            x = x.gather(1, kept[..., None].expand(-1, -1, self.width))
-            step, table = step[kept.cpu()], table[0][kept.cpu()]
-        rows = Rows.of(step)
-        # nothing reads the rows of the last scale later, so they take no slot of the cache
-        mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < self.layout.K)
-        call = Call(mask=mask, table=self._precise(table), cache=cache, context=c.context, rows=rows)
-        return self.trunk(x, call)
-
-    def once(self, c: Condition) -> Condition:
-        """What of the condition is made once for all steps: nothing, as nothing is modulated."""
-        return c
-
-    def stable(self, h: Tensor, placed_BnC: Tensor, pooled: Tensor, first: int, last: int) -> Tensor:
-        """The sampler's logits [B*G, n, V] of scales first..last-1, from their hidden rows and placed code vectors."""
-        if self.sampler is None:
-            raise ValueError("this model has no sampler: configure sampler_from, or draw tokens independently")
-        span = slice(self.layout.offsets[first], self.layout.offsets[last])
-        table = torch.cat((self.table[:, :1], self.table[:, span]), 1)
-        return self.sampler(h, placed_BnC, pooled, self._levels(first, last), self._precise(table))
-
-    def _levels(self, first: int, last: int) -> Tensor:
-        return self.layout.level_N[self.layout.offsets[first] : self.layout.offsets[last]]
-
-    def _precise(self, table: Tensor) -> Tensor:
-        return table.to(torch.promote_types(self.start_position.dtype, torch.float32))
-
-    def init_weights(self) -> None:
-        """VAR's initialisation: small heads, residual outputs scaled with depth."""
-        std, depth = (1 / (3 * self.width)) ** 0.5, len(self.trunk)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        parts: list[Any] = [self] if self.sampler is None else [self, self.sampler]
-        with torch.no_grad():
-            for part in parts:
-                nn.init.trunc_normal_(part.start_position, std=std)
-                part.head.linear.weight *= 0.02
-                for block in part.trunk.blocks:
-                    block.attn.out.weight /= (2 * depth) ** 0.5
-                    block.ffn.down.weight /= (2 * depth) ** 0.5
-
-
-# -- causal sampling inside a scale -------------------------------------------------------------------------------
-
-
-class Plan(NamedTuple):
-    """`steps` steps, of which the first `plain` draw from the transformer alone and the first `random` reveal at
-    random places."""
-
-    steps: int
-    plain: int
-    random: int
+# -- the system ---------------------------------------------------------------------------------------------------
 
 
 def plan(inside: Inside, steps: int, random: int, k: int) -> Plan | None:
@@ -361,72 +179,12 @@ def plan(inside: Inside, steps: int, random: int, k: int) -> Plan | None:
     return Plan(15, 0, random) if k > 12 else Plan(steps, 5, random)
 
 
-def reveal_counts(unknown_B: Tensor, steps: int) -> Tensor:
-    """How many of the unknown tokens of each item each step places, int64 [B, steps] on the host.
-
-    In proportion to arccos(r), r from 1 to 0: few at first. At least one at each, the last step places the rest.
-    """
-    share = torch.linspace(1, 0, steps).arccos() / (torch.pi / 2)
-    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-    n = unknown_B.cpu()[:, None]
-    placed = (share * n).round().long().clamp_min(1).cumsum(1).minimum(n)
-    placed[:, -1] = n[:, 0]
-    return placed.diff(dim=1, prepend=torch.zeros_like(n))
-
-
-@dataclass
-class Stable:
-    """Tokens of one scale that are drawn with regard to each other: a few at a time, from `law(x [B, n, 1],
-    known [B, n], step)` -> probabilities [B, n, V] given those that are placed. No likelihood."""
-
-    where: Tensor
-    law: Callable[[Tensor, Tensor, int], Tensor]
-    plan: Plan
-    items: int
-    at: int | Tensor = 0
-
-    def sample(self, noise: Source, pin: Pin | None = None, watch: Watch | None = None) -> Tensor:
-        steps, plain, random = self.plan
-        n, device = self.where.shape[1], self.where.device
-        u = noise.uniform("draw", self.at, (steps, n)).to(device)
-        random = min(random, steps)
-        chance = noise.uniform("reveal", self.at, (random, n)).to(device) if random else u
-        x = torch.zeros(self.items, n, 1, dtype=torch.int64, device=device)
-        known, unknown = torch.zeros_like(x[..., 0], dtype=torch.bool), torch.full((self.items,), n, device="cpu")
-        if pin is not None:
-            x, known, unknown = pinned(x, pin), pin.mask, (~pin.mask).sum(1)
-        counts = reveal_counts(unknown, steps)
-        for step in range(steps):
-            probs = self.law(x, known, step)
-            guess = draw(probs, u[:, step])[..., None]
-            sure = probs.gather(-1, guess)[..., 0]
-            places = highest(sure, counts[:, step]) if step < plain else torch.zeros_like(known)
-            before = known | places  # Compat: the surest of all tokens first, then as many of those that are left
-            score = chance[:, step] if step < random else sure
-            fresh = (places | highest(score.masked_fill(before, -1), counts[:, step])) & ~known
-            x, known = torch.where(fresh[..., None], guess, x), known | fresh
-            if watch is not None:
-                watch(x, step, steps)
-        return x
-
-    def log_prob(self, x_BnS: Tensor) -> Tensor:
-        raise NotImplementedError("which tokens are placed first depends on the tokens: there is no likelihood")
-
-
-def highest(score_Bn: Tensor, m_B: Tensor) -> Tensor:
-    """bool [B, n], True at the m highest scores of each item; ties: the earlier one."""
-    return lowest(-score_Bn, m_B)
-
-
-# -- the system ---------------------------------------------------------------------------------------------------
-
-
 class STAR(nn.Module):
     """The three verbs: VAR's walk over scales, with another transformer, and another law inside the large scales."""
 
     Sampling: ClassVar[type] = STARSampling
 
-    def __init__(self, tokenizer: PyramidVQ, transformer: STARTransformer, config: STARConfig) -> None:
+    def __init__(self, tokenizer: PyramidVQ, transformer: TextScaleTransformer, config: STARConfig) -> None:
         super().__init__()
         self.tokenizer, self.transformer, self.config = tokenizer, transformer, config
         self.space = tokenizer.space
@@ -477,7 +235,7 @@ class STAR(nn.Module):
             logits = self.transformer.stable(h, placed, c.vector, k, k + 1)
             return self.scales.drawn(s, logits, s.K - 1).probs[:, :, 0]  # guidance as at the last scale: whole
 
-        return Stable(alone.where, law, inside, len(s), at=k)
+        return Revealed(alone.where, law, inside, len(s), at=k)
 
     def commit(self, s: State, d: Dist, x_BnS: Tensor) -> None:
         self.scales.commit(s, d, x_BnS)
@@ -548,7 +306,7 @@ class STAR(nn.Module):
 # -- assembly and presets -----------------------------------------------------------------------------------------
 
 
-def block(config: STARConfig, layer: int, text: bool) -> Block:
+def block(config: STARConfig, layer: int, text: bool) -> PlainBlock:
     """Block `layer` of a configuration; stochastic depth grows linearly to `drop_path`."""
     width, heads = config.width, config.heads
 
@@ -556,7 +314,7 @@ def block(config: STARConfig, layer: int, text: bool) -> Block:
         return CosineTemperature(heads) if config.attn_l2_norm else FixedTemperature(0.25 * (width // heads) ** -0.5)
 
     cross = CrossAttention(width, heads, KeyValue(config.channels, width), temperature()) if text else None
-    return Block(
+    return PlainBlock(
         width,
         attn=SelfAttention(width, heads, temperature()),
         cross=FirstRow(cross) if cross is not None and config.cross == "first" else cross,
@@ -582,7 +340,7 @@ def build(config: STARConfig) -> STAR:
     if config.sampler_from is not None:
         sampler = StableSampler(
             [block(config, i, text=False) for i in range(config.sampler_blocks)],
-            Head(width, codes, norm()),
+            PlainHead(width, codes, norm()),
             channels=config.tokenizer.z_channels,
             text=config.channels,
             width=width,
@@ -590,10 +348,10 @@ def build(config: STARConfig) -> STAR:
         )
     with torch.device("cpu"):  # positions are known numbers, also of a model that is only shapes
         table = normalised_table(layout, width // config.heads, config.rope_theta, config.rope_norm)
-    transformer = STARTransformer(
+    transformer = TextScaleTransformer(
         conditioner,
         [block(config, i, text=True) for i in range(config.depth)],
-        Head(width, codes, norm() if config.logit_norm else nn.Identity()),
+        PlainHead(width, codes, norm() if config.logit_norm else nn.Identity()),
         sampler,
         layout=layout,
         channels=config.tokenizer.z_channels,
