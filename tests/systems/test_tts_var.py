@@ -1,27 +1,39 @@
 """Search over paths: what goes on follows its law, states move whole, nothing else changes; on several models."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from arvis import parity
 from arvis.noise import Noise
 from arvis.rewards import reward
 from arvis.search import copies, multinomial, search
 from arvis.systems import system as module_of
+from arvis.systems import tts_var
 from arvis.systems.code import collaborate
 from arvis.systems.tts_var import (
+    ENCODER_KEYS,
     OFFICIAL,
+    DINOv2Features,
     Paths,
     PathSearch,
     TTSVARConfig,
     best_of,
+    clustering,
+    colours,
+    encoder_of,
     members,
-    patches,
+    named,
+    normalised,
     principal,
     schedule,
     weights,
 )
 from arvis.tokens import Pin, pyramid
 from arvis.walk import finish, walk
+from arvis.weights import to_official
 from chance import chi_square
 from small import request, small
 
@@ -166,10 +178,80 @@ def test_pictures_are_told_apart_by_where_things_are():
     """The principal direction's scores: of a known matrix, with a sign that does not depend on the decomposition."""
     image = torch.full((3, 3, 32, 32), -1.0)
     image[0, :, :, :16], image[1, :, :, 16:], image[2, 0, :16] = 1, 1, 1
-    score = principal(patches(image, 2))
+    score = principal(colours(image, 2))
     assert score.shape == (3, 4) and torch.allclose(score.sum(1), torch.zeros(3).double(), atol=1e-9)
     assert (score[0].sign() == torch.tensor([1, -1, 1, -1])).all() and torch.allclose(score[0], -score[1])
     assert (score[2].sign() == torch.tensor([1, 1, -1, -1])).all()
+
+
+def test_pictures_are_told_apart_by_any_features():
+    """Colours are alike, and what a picture has in its first pixel is not."""
+
+    def first(image):
+        row = image[:, :1, 0, 0].double()
+        return torch.stack((row, -row, torch.zeros_like(row)), 1)
+
+    image = torch.zeros(6, 3, 8, 8)
+    image[:, 0, 0, 0] = torch.tensor([1.0, 5.0, 1.1, 5.1, 9.0, 9.1])
+    rows = clustering(first)(image, 6, 3)
+    assert sorted((image[rows, 0, 0, 0] // 4).tolist()) == [0, 1, 2]
+
+
+# -- the encoder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["plain", "registers"])
+def published(request, tmp_path):
+    """A folder as the hub has it, of the recorded encoder."""
+    recording = parity.find("dinov2")
+    (tmp_path / "config.json").write_text(json.dumps(recording.model(request.param)))
+    save_file(recording.weights(request.param), tmp_path / "model.safetensors")
+    yield tmp_path
+    encoder_of.cache_clear()
+
+
+def test_features_of_a_published_encoder(published, monkeypatch):
+    image = torch.randint(256, (2, 3, 40, 60), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = DINOv2Features(str(published))(image)
+    encoder = encoder_of(str(published))
+    assert found.shape == (2, 256, 16) and not found.requires_grad and encoder.config.grid == 4
+    assert torch.equal(found, encoder(normalised(image, 16 * 7))[1])
+    again = named(f"dinov2:{published / 'model.safetensors'}")(image.float() / 127.5 - 1)
+    assert torch.allclose(again, found, atol=1e-5), "a file, and pictures as tokenizers give them"
+    asked = []
+    monkeypatch.setattr(tts_var, "fetch", lambda repo, name: asked.append((repo, name)) or published / name)
+    assert torch.equal(named("dinov2")(image), found)
+    assert asked == [("facebook/dinov2-small", "model.safetensors"), ("facebook/dinov2-small", "config.json")]
+    official = to_official(encoder, ENCODER_KEYS)
+    wanted = load_file(published / "model.safetensors")
+    wanted.pop("embeddings.mask_token")
+    assert official.keys() == wanted.keys() and all(torch.equal(official[n], x) for n, x in wanted.items())
+
+
+def test_an_encoder_reads_pictures_without_mean_and_deviation():
+    x = normalised(torch.full((1, 3, 30, 50), 128, dtype=torch.uint8), 28)
+    wanted = (128 / 255 - torch.tensor(tts_var.MEAN)) / torch.tensor(tts_var.DEVIATION)
+    assert x.shape == (1, 3, 28, 28) and torch.allclose(x[0, :, 9, 9], wanted, atol=1e-5)
+
+
+def test_an_encoder_that_cannot_be_is_named(published):
+    image = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(KeyError, match="no features are called 'colour'; there are colours, dinov2 and dinov2:MODEL"):
+        named("colour")
+    with pytest.raises(ValueError, match="at least one patch of 7 pixels, got"):
+        encoder_of(str(published))(torch.zeros(1, 3, 28, 6))
+    encoder_of.cache_clear()
+    settings = json.loads((published / "config.json").read_text())
+    for wrong, told in (
+        ({"use_swiglu_ffn": True}, "layers have gates"),
+        ({"hidden_size": 8}, "does not fit the model"),
+    ):
+        (published / "config.json").write_text(json.dumps({**settings, **wrong}))
+        with pytest.raises(ValueError, match=f"cannot be loaded, from the hub or as a folder: .*{told}"):
+            DINOv2Features(str(published))(image)
+    (published / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot be loaded, from the hub or as a folder: .*No such file"):
+        DINOv2Features(str(published))(image)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
@@ -260,12 +342,13 @@ def test_the_command_searches(tmp_path, capsys):
     out = tmp_path / "apple.png"
     cli.main(["generate", "red apple", "--search", "tts-var:4", "--reward", "picture", "-o", str(out)])
     told = read_metadata(out)["request"]
-    assert (told["search"], told["reward"]) == ("tts-var:4", "picture")
+    assert (told["search"], told["reward"], told["features"]) == ("tts-var:4", "picture", "colours")
     assert float(reward("picture")(to_tensor(read_image(out))[None], ["red apple"])) > -0.2
     for wrong, told in (
         (["--search", "var"], "var is no search; there are tts-var"),
         (["--search", "tts-var:many"], "number of paths is a whole number"),
         (["--search", "tts-var", "--reward", "nice"], "no reward is called 'nice'"),
+        (["--search", "tts-var", "--features", "nice"], "no features are called 'nice'"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(["generate", "red apple", *wrong, "-o", str(out)])

@@ -28,6 +28,7 @@ def generate(
     mask: str | None = None,
     search: str | None = None,
     reward: str = "emoji",
+    features: str = "colours",
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "float32",
     plain: bool = False,
@@ -47,6 +48,7 @@ def generate(
         mask: A picture that is white where --image is painted anew, or a box y0,x0,y1,x1 in fractions of it.
         search: Make each picture the best of several paths: tts-var, or tts-var:16 for so many instead of eight.
         reward: What a search looks for: emoji, scene, picture, clip, or clip:MODEL.
+        features: What a search tells unfinished pictures apart by: colours, dinov2, or dinov2:MODEL.
         device: cpu, cuda, or auto: a GPU where there is one.
         precision: The number format of products; auto takes bfloat16 where that pays on this machine.
         plain: Leave the weights as they are loaded, instead of laying them out for this machine: slower.
@@ -70,8 +72,8 @@ def generate(
     ready = time.perf_counter()
     request = {"model": loaded.name, **what, "n": n, "seed": seed, "settings": to_dict(loaded.sampling(settings))}
     request |= {name: str(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
-    way = None if search is None else _search(search, reward, loaded.layout.K)
-    request |= {} if search is None else {"search": search, "reward": reward}
+    way = None if search is None else _search(search, reward, features, loaded.layout.K)
+    request |= {} if search is None else {"search": search, "reward": reward, "features": features}
     columns = math.isqrt(max(n - 1, 0)) + 1
     last = None
     with progress(None, "step") as bar:
@@ -161,8 +163,8 @@ def _settings(texts: Sequence[str], loaded: Any) -> dict[str, Any]:
     return {name: value for name, value in changed.items() if any(t.split("=")[0].strip() == name for t in texts)}
 
 
-def _search(text: str, reward: str, scales: int) -> Any:
-    """A search by name, perhaps with its number of paths, that looks for a reward."""
+def _search(text: str, reward: str, features: str, scales: int) -> Any:
+    """A search by name, perhaps with its number of paths, that looks for a reward and tells pictures apart."""
     from arvis import rewards
 
     name, _, paths = text.partition(":")
@@ -172,7 +174,7 @@ def _search(text: str, reward: str, scales: int) -> Any:
         raise ValueError(f"{name} is no search; there are {', '.join(known)}")
     if paths and (not paths.isdigit() or int(paths) < 1):
         raise ValueError(f"the number of paths is a whole number, at least 1, got {paths!r}")
-    return module.searching(rewards.reward(reward), scales, int(paths or 8))
+    return module.searching(rewards.reward(reward), scales, int(paths or 8), features)
 
 
 def _box(text: str) -> tuple[float, float, float, float] | None:

@@ -1,4 +1,5 @@
-"""TTS-VAR's search against its official code: bits, rewards and the rows that go on, over a recorded model of bits."""
+"""TTS-VAR's search against its official code: bits, rewards and the rows that go on, over a recorded model of bits; and
+the encoder of its features against that of the package transformers."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arvis.nn.dinov2 import DINOv2
 from arvis.noise import Recorded
 from arvis.parity.harness import Fixture
 from arvis.parity.infinity import build, configured, keys
 from arvis.search import search
-from arvis.systems.tts_var import Paths, PathSearch, TTSVARConfig
+from arvis.systems.tts_var import ENCODER_KEYS, Paths, PathSearch, TTSVARConfig, encoder_config
 from arvis.walk import Step, walk
 from arvis.weights import Key, load_official
+
+RECORDINGS = ("tts-var", "dinov2")
 
 
 class InOrder(Recorded):
@@ -36,9 +40,24 @@ class InOrder(Recorded):
 
 def run(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     """Every output of a recording, whatever its sizes and settings."""
+    if fixture.slug == "dinov2":
+        yield from _features(fixture)
+        return
     system, io = model(fixture), fixture.io
     for given in fixture.runs.values():
         yield from _searched(system, io, given)
+
+
+def _features(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    """What each recorded encoder says of each picture."""
+    pictures = {name.removeprefix("image_"): x for name, x in fixture.io.items() if name.startswith("image_")}
+    for kind in fixture.runs:
+        encoder = DINOv2(encoder_config(fixture.model(kind))).eval()
+        load_official(encoder, ENCODER_KEYS, fixture.weights(kind), source=f"{fixture.folder}: {kind}")
+        for name, picture in pictures.items():
+            summary, patches = encoder(picture)
+            yield f"{kind}_summary_{name}", summary
+            yield f"{kind}_patches_{name}", patches
 
 
 def skeleton(layout: Mapping[str, Any]) -> tuple[nn.Module, tuple[Key, ...]]:

@@ -12,20 +12,26 @@ search consumes the steps of a walk. The model itself is neither changed nor nam
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arvis.data.images import to_bytes
+from arvis.nn.dinov2 import DINOv2, DINOv2Config
 from arvis.published import Preset, Result
 from arvis.rewards import Reward
 from arvis.search import best, copies, multinomial, search
 from arvis.state import State, System
 from arvis.tokens import Layout
 from arvis.walk import Step, walk
+from arvis.weights import Fuse, Key, fetch, load_official, read
 
 OFFICIAL = (8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1, 1)
 """Paths that are kept after each of thirteen scales, of eight."""
@@ -197,14 +203,45 @@ def weights(potential_B: Tensor, strength: float, n: int) -> Tensor:
 # -- clusters ---------------------------------------------------------------------------------------------------------
 
 
+Features = Callable[[Tensor], Tensor]
+"""Pictures [B, 3, Y, X] (uint8, or float in [-1, 1]) -> features of their patches [B, P, D]."""
+
+SIDE = 16
+"""Patches along each edge of a picture."""
+
+
 def clustered(image: Tensor, n: int, m: int) -> Tensor:
-    """One picture of each of m clusters among each n: by where the pictures are unlike their own mean."""
-    return members(principal(patches(image)), n, m)
+    """One picture of each of m clusters among each n: by where the colours of pictures are unlike their own mean."""
+    return members(principal(colours(image)), n, m)
 
 
-def patches(image: Tensor, side: int = 16) -> Tensor:
-    """Mean colours of side x side patches, [B, side^2, 3]; features of a frozen encoder can take their place."""
+def clustering(features: Features) -> Chosen:
+    """As `clustered`, by any features."""
+    return lambda image, n, m: members(principal(features(image)), n, m)
+
+
+def colours(image: Tensor, side: int = SIDE) -> Tensor:
+    """Mean colours of side x side patches, [B, side^2, 3]: features that need no weights."""
     return F.adaptive_avg_pool2d(image.float(), min(side, *image.shape[2:])).flatten(2).mT
+
+
+class DINOv2Features:
+    """What a frozen DINOv2 says of 16 x 16 patches, [B, 256, D]: the official features.
+
+    `model` is a hub repository, or a folder or file in its layout: `config.json` and `model.safetensors`. Raises
+    ValueError where it cannot be loaded, at the first pictures.
+
+    Deviation: the small model without registers; the official one is "facebook/dinov2-with-registers-large".
+    """
+
+    def __init__(self, model: str = "facebook/dinov2-small") -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor:
+        encoder = encoder_of(self.model, str(image.device))
+        with torch.autocast(image.device.type, enabled=False):
+            return encoder(normalised(image, SIDE * encoder.config.patch))[1]
 
 
 def principal(feature_BPD: Tensor) -> Tensor:
@@ -251,6 +288,80 @@ def _members(x_nD: Tensor, m: int) -> Tensor:
     return torch.tensor(rows)
 
 
+# -- the encoder ------------------------------------------------------------------------------------------------------
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's pictures."""
+
+ENCODER_KEYS = (
+    Key("summary", "embeddings.cls_token"),
+    Key("registers", "embeddings.register_tokens"),
+    Key("position", "embeddings.position_embeddings"),
+    Key("patches.{p}", "embeddings.patch_embeddings.projection.{p}"),
+    Key((), "embeddings.mask_token", optional=True),  # of its training
+    *(Key(f"trunk.blocks.{{i}}.{name}.{{p}}", f"encoder.layer.{{i}}.{name}.{{p}}") for name in ("norm1", "norm2")),
+    *(
+        Key(
+            f"trunk.blocks.{{i}}.qkv.{p}",
+            tuple(f"encoder.layer.{{i}}.attention.attention.{name}.{p}" for name in ("query", "key", "value")),
+            Fuse(3),
+        )
+        for p in ("weight", "bias")
+    ),
+    Key("trunk.blocks.{i}.out.0.{p}", "encoder.layer.{i}.attention.output.dense.{p}"),
+    Key("trunk.blocks.{i}.out.1.factor", "encoder.layer.{i}.layer_scale1.lambda1"),
+    Key("trunk.blocks.{i}.mlp.0.{p}", "encoder.layer.{i}.mlp.fc1.{p}"),
+    Key("trunk.blocks.{i}.mlp.2.0.{p}", "encoder.layer.{i}.mlp.fc2.{p}"),
+    Key("trunk.blocks.{i}.mlp.2.1.factor", "encoder.layer.{i}.layer_scale2.lambda1"),
+    Key("norm.{p}", "layernorm.{p}"),
+)
+"""The names of the files of the hub (model.safetensors)."""
+
+
+@lru_cache(maxsize=2)
+def encoder_of(model: str, device: str = "cpu") -> DINOv2:
+    """A published DINOv2, frozen, in float32. Raises ValueError where it cannot be loaded."""
+    path = Path(model)
+    try:
+        if path.exists():
+            file = path / "model.safetensors" if path.is_dir() else path
+            settings = file.with_name("config.json")
+        else:
+            file, settings = (fetch(model, name) for name in ("model.safetensors", "config.json"))
+        config = encoder_config(json.loads(settings.read_text(encoding="utf-8")))
+        with torch.device("meta"):
+            encoder = DINOv2(config)
+        tensors = {name: x.float() for name, x in read(file).items()}
+        load_official(encoder, ENCODER_KEYS, tensors, source=str(file), device=device)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the DINOv2 {model} cannot be loaded, from the hub or as a folder: {reason}") from error
+    return encoder.eval().requires_grad_(False)
+
+
+def encoder_config(settings: dict[str, Any]) -> DINOv2Config:
+    """The sizes in a `config.json` of the hub. ValueError for the one whose layers are of another kind."""
+    if settings.get("use_swiglu_ffn"):
+        raise ValueError("its layers have gates (the giant size), which is not supported; take a smaller one")
+    return DINOv2Config(
+        width=settings["hidden_size"],
+        depth=settings["num_hidden_layers"],
+        heads=settings["num_attention_heads"],
+        patch=settings["patch_size"],
+        grid=settings["image_size"] // settings["patch_size"],
+        registers=settings.get("num_register_tokens", 0),
+        mlp_ratio=settings["mlp_ratio"],
+        norm_eps=settings["layer_norm_eps"],
+    )
+
+
+def normalised(image: Tensor, size: int) -> Tensor:
+    """Pictures as the encoder reads them: `size` x `size` pixels, mean and deviation gone."""
+    x = F.interpolate(to_bytes(image).float() / 255, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, deviation = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, DEVIATION))
+    return (x - mean) / deviation
+
+
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 CONFIG = TTSVARConfig
@@ -264,6 +375,14 @@ RESULTS = (
 )
 
 
-def searching(reward: Reward, scales: int, paths: int) -> PathSearch:
-    """The search as `arvis generate --search` wants it."""
-    return PathSearch(reward, schedule(scales, paths))
+def named(name: str) -> Features:
+    """Features by name: "colours", "dinov2", or "dinov2:MODEL" (a hub name, or a folder); KeyError for another."""
+    kind, colon, model = name.partition(":")
+    if kind not in ("colours", "dinov2") or (colon and kind != "dinov2"):
+        raise KeyError(f"no features are called {name!r}; there are colours, dinov2 and dinov2:MODEL")
+    return colours if kind == "colours" else DINOv2Features(model) if model else DINOv2Features()
+
+
+def searching(reward: Reward, scales: int, paths: int, features: str = "colours") -> PathSearch:
+    """The search as `arvis generate --search` wants it; coarse scales are clustered by features of that name."""
+    return PathSearch(reward, schedule(scales, paths), clustering(named(features)))
