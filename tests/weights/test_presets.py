@@ -45,7 +45,10 @@ def test_each_part_fits_the_official_file_it_names(slug, name):
     system = loading.empty(slug, config)
     for part, file in preset.files.items():
         described = [
-            layout for layout in layouts() if layout["hub_repo"] == file.repo and plain(file.name) in names(layout)
+            layout
+            for layout in layouts()
+            if layout["hub_repo"] == file.repo
+            and (plain(file.name) in names(layout) or (layout["official_file"] is None and layout["preset"] == name))
         ]
         reports = []
         for layout in described:

@@ -387,7 +387,7 @@ NO_DECAY = ("start_position", "level", "classes", "log_scale")
 
 
 def _preset(
-    name: str,
+    file: str,
     depth: int,
     patch_nums: tuple[int, ...],
     *,
@@ -397,10 +397,12 @@ def _preset(
     keep_tokens: int = 0,
     **sampling: Any,
 ) -> Preset:
-    """A published size. The hub's file names are not documented: give a file by hand where the one here is not there.
+    """A published size. The pictures of its training are not public, so how many steps its epochs are is not known.
 
-    The pictures of its training are not public, so how many steps its epochs are is not known."""
-    files = {"tokenizer": _TOKENIZER, "transformer": File(repo=_REPO, name=f"{name}.pth", inside=_INSIDE)}
+    The official page links the repository and names no file. Those of three models are known from their users; of the
+    smallest one and the sampler they are not, and the names here stand for files that are given by hand.
+    """
+    files = {"tokenizer": _TOKENIZER, "transformer": File(repo=_REPO, name=file, inside=_INSIDE)}
     generator = {
         "steps": 100_000,
         "batch": batch,
@@ -439,12 +441,21 @@ CONFIG = STARConfig
 _SCHEDULE = {"warmup": 50, "schedule": "cosine", "final": 0.02, "ema": 0.995}
 
 PRESETS = {
-    "star-256-d16": _preset("star-256-d16", 16, PATCH_NUMS_256, lr=1e-4, batch=512),
-    "star-256-d30": _preset("star-256-d30", 30, PATCH_NUMS_256, lr=5e-5, batch=480),
-    "star-512-d30": _preset("star-512-d30", 30, PATCH_NUMS_512, lr=5e-5, batch=192),
-    "star-1024-d30": _preset("star-1024-d30", 30, PATCH_NUMS_1024, lr=2e-5, batch=64, keep_tokens=8800),
+    "star-256-d16": _preset("star-256-d16.pth", 16, PATCH_NUMS_256, lr=1e-4, batch=512),
+    "star-256-d30": _preset("star_rope_d30_256-ar-ckpt-ep3-iter20000.pth", 30, PATCH_NUMS_256, lr=5e-5, batch=480),
+    "star-512-d30": _preset("star_rope_d30_512-ar-ckpt-ep1-iter30000.pth", 30, PATCH_NUMS_512, lr=5e-5, batch=192),
+    "star-1024-d30": _preset(
+        "star_rope_d30_1024_drop_3-ar-ckpt-ep1-iter21000.pth", 30, PATCH_NUMS_1024, lr=2e-5, batch=64, keep_tokens=8800
+    ),
     "star-1024-d30-sampler": _preset(
-        "star-1024-d30-sampler", 30, PATCH_NUMS_1024, lr=1e-5, batch=192, sampler=True, inside="mixed", cfg_scale=4.5
+        "star-1024-d30-sampler.pth",
+        30,
+        PATCH_NUMS_1024,
+        lr=1e-5,
+        batch=192,
+        sampler=True,
+        inside="mixed",
+        cfg_scale=4.5,
     ),
     "star-emoji-64": Preset(
         config=emoji_64,
