@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arvis.nn.attention import attend, grid_angles, rotate
+from arvis.nn.attention import Mask, attend, grid_angles, rotate
 from arvis.nn.cache import Cache
 from arvis.nn.trunk import Call, Trunk
 from arvis.noise import Noise
@@ -266,9 +266,49 @@ def test_mask_and_table_of_an_item_serve_its_guidance_rows() -> None:
 
     trunk = Trunk(Spy() for _ in range(3))
     mask, table = torch.rand(ITEMS, 1, 2, 2) < 0.5, torch.rand(1, 2, 2, 2)
+    mask[0, 0, 0], mask[..., 1, 0] = False, True
     trunk(torch.zeros(3 * ITEMS, 2, 4), Call(mask=mask, table=table), layers=[2, 0])
     assert [layer for _, layer in seen] == [2, 0] and len(trunk) == 3
-    assert torch.equal(seen[0][0].mask, mask[[0, 0, 0, 1, 1, 1]]) and seen[0][0].table.shape == table.shape
+    ready, spread = seen[0][0].mask, mask[[0, 0, 0, 1, 1, 1]]
+    assert torch.equal(ready.shown & ~ready.blind, spread) and seen[0][0].table.shape == table.shape
+
+
+def test_a_mask_knows_whether_it_is_causal_and_whether_rows_are_blind() -> None:
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    assert Mask.of(causal).causal and Mask.of(causal).blind is None
+    for i in range(5):
+        for j in range(i + 1):  # what is missing below the diagonal, even a whole row, is noticed
+            holed = causal.clone()
+            holed[..., i, j] = False
+            assert not Mask.of(holed).causal and (Mask.of(holed).blind is None) == bool(holed.any(-1).all())
+    levels = render(upto, Rows.of(torch.tensor([0, 1, 1, 2])), Rows.of(torch.tensor([0, 1, 1, 2])))
+    assert not Mask.of(levels).causal and not Mask.of(causal.expand(2, -1, -1, -1)).causal
+    assert not Mask.of(causal[..., :3]).causal and not Mask.of(causal[..., 2:, :]).causal  # rows of a cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_causal_attention_and_its_gradients_are_those_of_the_mask(dtype: torch.dtype) -> None:
+    """The kernel that knows the mask against the one that reads it, in every branch; a mutant without it fails."""
+    q, k, v = (torch.randn(2, 3, 40, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    weight, tolerance = torch.randn(2, 3, 40, 8, dtype=dtype), {torch.bfloat16: 5e-2}.get(dtype, 1e-5)
+    found, wanted = attend(q, k, v, mask, 0.3), attend(q, k, v, Mask(mask, None, False), 0.3)
+    assert torch.allclose(found, wanted, atol=tolerance) and not torch.allclose(
+        found, attend(q, k, v, None, 0.3), atol=0.1
+    )
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, wanted)), strict=True):
+        assert torch.allclose(a, b, atol=tolerance)
+
+
+def test_rotation_in_training_has_the_gradient_of_the_formula() -> None:
+    """The complex product against the four real ones."""
+    x, table = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(1, 5, 4, 2)
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), table[:, None].unbind(-1)
+    wanted = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    found, weight = rotate(x, table, "interleaved"), torch.randn(2, 3, 5, 8)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    grads = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, wanted))
+    assert torch.allclose(*grads, atol=1e-6)
 
 
 def test_keys_and_values_in_a_wider_format():

@@ -68,7 +68,7 @@ def row(case: Case) -> str:
     for trunk, x, call, layers in calls:
         count = x.shape[1]
         reach = torch.eye(count, dtype=torch.bool).expand(len(x), -1, -1)
-        mask = torch.ones_like(reach) if call.mask is None else call.mask[:, 0].cpu()
+        mask = call.mask[:, 0].cpu() if isinstance(call.mask, Tensor) else torch.ones_like(reach)
         mask = reach | mask.repeat_interleave(len(x) // len(mask), 0)
         for depth in range(1, len(layers) + 1):
             reach = (reach.double() @ mask.double()) > 0

@@ -68,6 +68,8 @@ class LlamaAttention(nn.Module):
         q, k = turned.split((self.heads, self.kv_heads), dim=1)
         if call.cache is not None:
             k, v = call.cache.join(layer, k, v)
+        else:
+            v = v.contiguous()  # a view would keep queries and keys from before their rotation for the backward pass
         if self.kv_heads < self.heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
         return self.out(attend(q, k, v, call.mask, self.head_dim**-0.5).transpose(1, 2).flatten(2))

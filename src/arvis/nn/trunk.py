@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from arvis.nn.attention import Mask
 from arvis.nn.cache import Cache
 from arvis.rows import Rows
 
@@ -18,10 +19,10 @@ class Call:
     mask [B*G|B|1, 1, Q, K] bool or None; rotary table [B*G|B|1, R, h/2, 2]; cache; the modulation input `vector`
     [B*G, D], or what all layers make of it, `ahead` [B*G, layers, n, D]; cross-attention `context` = (keys
     [B*G, T, E], visible [B*G, T] bool or None). Mask and table of an item serve all its guidance rows. `rows` says
-    which rows x holds, for blocks that go by their steps.
+    which rows x holds, for blocks that go by their steps. A trunk hands the mask to its blocks made ready.
     """
 
-    mask: Tensor | None = None
+    mask: Tensor | Mask | None = None
     table: Tensor | None = None
     cache: Cache | None = None
     vector: Tensor | None = None
@@ -49,10 +50,18 @@ class Trunk(nn.Module):
         return len(self.blocks)
 
     def forward(self, x_RD: Tensor, call: Call, layers: Sequence[int] | None = None) -> Tensor:
-        call = replace(call, mask=_spread(call.mask, x_RD), table=_spread(call.table, x_RD))
+        call = replace(call, mask=_ready(call.mask, x_RD), table=_spread(call.table, x_RD))
         for i in range(len(self.blocks)) if layers is None else layers:
             x_RD = self.blocks[i](x_RD, call, i)
         return x_RD
+
+
+def _ready(mask: Tensor | Mask | None, x_RD: Tensor) -> Mask | None:
+    """A mask looked at where it lies, once for all layers, and spread."""
+    if mask is None:
+        return None
+    ready = Mask.of(mask) if isinstance(mask, Tensor) else mask
+    return replace(ready, shown=_spread(ready.shown, x_RD), blind=_spread(ready.blind, x_RD))
 
 
 def _spread(data: Tensor | None, x_RD: Tensor) -> Tensor | None:

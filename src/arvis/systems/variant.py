@@ -95,7 +95,7 @@ def _first(call: Call, count: int) -> Call:
     rest = call.rows.count - count
     if rest == 0:
         return call
-    mask = None if call.mask is None else call.mask[..., :count, : call.mask.shape[-1] - rest]
+    mask = call.mask[..., :count, : call.mask.shape[-1] - rest] if isinstance(call.mask, Tensor) else None
     table = None if call.table is None else call.table[:, :count]
     return replace(call, mask=mask, table=table, rows=Rows(*(x[:, :count] for x in call.rows)))
 
