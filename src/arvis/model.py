@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from arvis.nn.packed import Forms, pack
 from arvis.nn.rounded import STORES, Bits
 from arvis.noise import Noise
 from arvis.search import Search
-from arvis.state import Parallel, Resizable
+from arvis.state import Compilable, Parallel, Resizable
 from arvis.tokens import Layout, Pin
+from arvis.training import compiled
 from arvis.training.precision import Choice, Precision, pick
 from arvis.walk import likelihood, walk
 from arvis.weights import save_pretrained
@@ -38,6 +40,8 @@ RANGES = {"temperature": (0.0, math.inf), "top_k": (0, math.inf), "top_p": (0.0,
 """What sampling settings of these names can be, in every system that has them; 0 turns the filters off."""
 
 Picture = Image.Image | str | Path
+
+_log = logging.getLogger("arvis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +82,26 @@ class Model:
         precision: Choice = "float32",
         fast: bool = False,
         quantize: Bits | None = None,
+        compile: bool = False,
     ) -> None:
         self.system, self.fast = system.eval(), fast or quantize is not None
         if quantize is not None and quantize not in STORES:
             raise ValueError(f"quantize is {' or '.join(STORES)}, got {quantize!r}")
         for role, part in self.system.parts().items() if self.fast else ():
             pack(part, STORES[quantize] if quantize and role != "tokenizer" else Forms)
+        if compile:
+            self._compile(name)
         self.slug, self.name, self.config = slug, name, config
         self.settings, self.source = dict(settings), dict(source)
         self.precision: Precision = pick(self.device, precision)
+
+    def _compile(self, name: str) -> None:
+        if not isinstance(self.system, Compilable):
+            raise ValueError(f"compile is for systems of one code per step, and {name} is none: leave it out")
+        if lack := compiled.missing(self.device):
+            _log.warning("torch.compile is off: %s; steps run as they are", lack)
+        else:
+            self.system.compile_step()
 
     @property
     def device(self) -> torch.device:
@@ -385,6 +400,7 @@ class Model:
         precision: Choice = "float32",
         fast: bool = False,
         quantize: Bits | None = None,
+        compile: bool = False,
         revision: str = "main",
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -404,7 +420,7 @@ class Model:
             token=token,
             anyway=anyway,
         )
-        return cls(**vars(found), precision=precision, fast=fast, quantize=quantize)
+        return cls(**vars(found), precision=precision, fast=fast, quantize=quantize, compile=compile)
 
 
 def load(
@@ -414,6 +430,7 @@ def load(
     precision: Choice = "float32",
     fast: bool = False,
     quantize: Bits | None = None,
+    compile: bool = False,
     weights: Mapping[str, str | Path] | str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -427,7 +444,8 @@ def load(
     disk instead: by part ({"transformer": "var_d16.pth"}), one official file, or a folder of them. `device` "auto" is a
     GPU where there is one; `precision` "auto" computes in bfloat16 where that pays; `fast` is for painting alone: the
     same pictures sooner, but the model cannot be saved or adapted. `quantize` keeps the generator's weights in 8 or 4
-    bits: a quarter or a sixth of the memory, at the loss that docs/performance.md has measured.
+    bits: a quarter or a sixth of the memory, at the loss that docs/performance.md has measured. `compile` runs the
+    steps of a system of one code per step as one graph, which takes half a minute to make; ValueError for others.
 
     KeyError names the nearest name. WeightsError says what does not fit: a tensor, with both shapes; the memory or the
     disk, with numbers (`anyway` tries it all the same).
@@ -441,7 +459,7 @@ def load(
         token=token,
         anyway=anyway,
     )
-    return Model(**vars(found), precision=precision, fast=fast, quantize=quantize)
+    return Model(**vars(found), precision=precision, fast=fast, quantize=quantize, compile=compile)
 
 
 def _open(picture: Picture) -> Image.Image:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arvis.dist import Categorical, Dist
 from arvis.nn.cache import Cache
+from arvis.nn.compiled import CompiledStep
 from arvis.nn.prefix import Prefix, Prefixer
 from arvis.nn.trunk import Call, Trunk
 from arvis.noise import Source
@@ -113,6 +114,11 @@ class NextToken(nn.Module):
         vars(self)["Sampling"] = sampling  # to the protocol a variable of the class, here one of each object
         self.weigh, self.narrow, self.knobs, self.see, self.drop = weigh, narrow, knobs, see, drop
         self.space: Space = tokenizer.space
+        self._compiled: CompiledStep | None = None
+
+    def compile_step(self) -> None:
+        """From now on the steps of a generation run as one compiled graph; `CompiledStep` says the rest."""
+        self._compiled = CompiledStep(self.transformer, whole=self.transformer.embedding.weight.is_cuda)
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts that official files hold."""
@@ -221,7 +227,8 @@ class NextToken(nn.Module):
         table = self.transformer.table(s.layout)
         place = place_BR[:1] if bool((place_BR == place_BR[:1]).all()) else place_BR
         table = table[0, place.clamp(max=table.shape[1] - 1)]
-        h = self.transformer(x_BGRD.flatten(0, 1), Call(mask=mask, table=table, cache=cache))
+        net = self._compiled or self.transformer
+        h = net(x_BGRD.flatten(0, 1), Call(mask=mask, table=table, cache=cache))
         return h.unflatten(0, x_BGRD.shape[:2])
 
     def _logits(self, s: State, h_BGRD: Tensor, step_BR: Tensor) -> Tensor:

@@ -248,6 +248,15 @@ class Windowed(Protocol):
 
 
 @runtime_checkable
+class Compilable(Protocol):
+    """Systems whose steps have one shape, so that they can run as one compiled graph."""
+
+    def compile_step(self) -> None:
+        """From now on they do; the first step of a generation of another size takes the time of compiling."""
+        ...
+
+
+@runtime_checkable
 class Resizable(Protocol):
     """Systems whose sampling settings say where the tokens lie: the number of steps, the size and shape of pictures."""
 

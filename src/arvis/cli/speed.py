@@ -49,6 +49,7 @@ def bench(
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     repeats: int = 3,
     plain: bool = False,
+    compile: bool = False,
     device: str = "auto",
     set: Set = (),
 ) -> None:
@@ -63,6 +64,7 @@ def bench(
         precision: The number format; auto takes bfloat16 where that pays on this machine.
         repeats: How many timed runs.
         plain: Leave the weights as they are, instead of laying them out for this machine.
+        compile: Run the steps as one compiled graph, for systems of one code per step.
         device: cpu, cuda, or auto: a GPU where there is one.
         set: Sampling settings, such as cfg_scale=1.
     """
@@ -72,6 +74,7 @@ def bench(
     from arvis.config import override
     from arvis.loading import empty, resolve_device
     from arvis.nn.packed import pack
+    from arvis.state import Compilable
     from arvis.training.precision import pick
 
     if repeats < 1 or any(b < 1 for b in batch):
@@ -86,6 +89,10 @@ def bench(
     shape, machine = empty(slug, preset.config()).eval(), cost.measure(chosen.dtype, place)
     if not plain:
         pack(system)
+    if compile and not isinstance(system, Compilable):
+        raise ValueError(f"compile is for systems of one code per step, and {full} is none: leave it out")
+    if compile:
+        system.compile_step()
     print(f"{full} on {place}: {chosen.reason}")
     for count in batch:
         runs = []

@@ -6,7 +6,8 @@ of any cached call is `render(see, rows, cache.rows)`: no index can be forgotten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -110,6 +111,14 @@ class Cache:
         store[:, :, :, at : at + count] = fresh
         return store[:, :, :, : at + count].flatten(0, 1)
 
+    def row(self) -> tuple[dict[int, Tensor], dict[int, Tensor], int, int] | None:
+        """Stores of keys and of values, the slot of the one placed row, and the end: None where a row does not go by
+        them alone (rows of its own for each item, none kept yet, recurrent state, layers that see less)."""
+        at = self._at
+        if isinstance(at, Tensor) or not self._keep or not self.k or self.extra or self.limits:
+            return None
+        return self.k, self.v, at, self.end
+
     def forget(self, step: int | Tensor) -> None:
         """Roll back: slots of step >= `step` (one for all, or one per item) become empty. ValueError if recurrent."""
         limit = step.cpu()[:, None] if isinstance(step, Tensor) else step
@@ -201,3 +210,23 @@ class Cache:
             setattr(out, name, joined)
         out.extra = {key: torch.cat([c.extra[key] for c in caches]) for key in caches[0].extra}
         return out
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A cache as a compiled step sees it: stores [B, G, H, slots, h] of all layers, the slot `at` [1] of the one row of
+    all items, and how many slots it sees."""
+
+    k: Mapping[int, Tensor]
+    v: Mapping[int, Tensor]
+    at: Tensor
+    seen: int
+
+    def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Cache.join`."""
+        return self._join(self.k[layer], k), self._join(self.v[layer], v)
+
+    def _join(self, store: Tensor, new: Tensor) -> Tensor:
+        flat = store.flatten(0, 1)
+        flat.index_copy_(2, self.at, new.to(store.dtype))
+        return flat.narrow(2, 0, self.seen)

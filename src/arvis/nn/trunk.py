@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from arvis.nn.attention import Mask
-from arvis.nn.cache import Cache
+from arvis.nn.cache import Cache, Slots
 from arvis.rows import Rows
 
 
@@ -24,7 +24,7 @@ class Call:
 
     mask: Tensor | Mask | None = None
     table: Tensor | None = None
-    cache: Cache | None = None
+    cache: Cache | Slots | None = None
     vector: Tensor | None = None
     ahead: Tensor | None = None
     context: tuple[Tensor, Tensor | None] | None = None
