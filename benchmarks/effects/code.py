@@ -10,12 +10,14 @@ import torch
 
 from arvis.cost import Cost, count
 from arvis.noise import Noise
-from arvis.systems.code import CodeSampling, build, build_scales, official
+from arvis.systems.code import CodeSampling, build, official
 from arvis.walk import walk
 from benchmarks.effects import Effect
 
 BATCH = 64
 """Pictures at once, as in the published measurements of memory and speed."""
+
+SIZES = ("depth", "width", "heads")
 
 PUBLISHED = {8: "1.7x", 6: "2.9x"}
 
@@ -24,7 +26,8 @@ def costs(handover: int) -> tuple[Cost, Cost, float]:
     """Of the pair and of VAR-d30 alone, a batch in bfloat16 with guidance, on the meta device; and what of the keys and
     values at the peak is left."""
     with torch.device("meta"):
-        pair, large = build(official(handover)).eval(), build_scales(official(handover).drafter).eval()
+        pair, drafter = build(official(handover)).eval(), official(handover).drafter
+        large = drafter.module.build(drafter.config).eval()
     settings = {pair: CodeSampling(), large: large.Sampling(cfg_scale=1.5)}
     few, many = (walked(system, sampling, 1, "meta")[1] for system, sampling in settings.items())
     ours, theirs = (count(system, sampling, BATCH, torch.bfloat16) for system, sampling in settings.items())
@@ -96,22 +99,18 @@ def walked(system: Any, sampling: Any, items: int, device: str = "cpu") -> tuple
 def measured(items: int = 2, shrink: int = 2) -> list[Effect]:
     """The official scales with both models at half of their width and depth, random weights, float32."""
     whole = official(8)
-    drafter = replace(
-        whole.drafter,
-        depth=whole.drafter.depth // shrink,
-        width=whole.drafter.width // shrink,
-        heads=whole.drafter.heads // shrink,
+    drafter, refiner = (
+        replace(part, changes=tuple(f"{name}={getattr(part.config, name) // shrink}" for name in SIZES))
+        for part in (whole.drafter, whole.refiner)
     )
-    size = {"depth": whole.depth // shrink, "width": whole.width // shrink, "heads": whole.heads // shrink}
-    large = build_scales(drafter).eval()
+    large = drafter.module.build(drafter.config).eval()
     plain = large.Sampling(cfg_scale=1.5)
     alone, room = min(walked(large, plain, items) for _ in range(3))
-    out = []
+    out, (deep, shallow) = [], (part.config.depth for part in (drafter, refiner))
     for handover, published in PUBLISHED.items():
-        config = replace(whole, drafter=drafter, handover=handover, **size)
-        pair = build(config).eval()
+        pair = build(replace(whole, drafter=drafter, refiner=refiner, handover=handover)).eval()
         spent, kept = min(walked(pair, CodeSampling(), items) for _ in range(3))
-        name = f"VAR-d{drafter.depth} over d{drafter.depth} + d{config.depth}, N = {handover}, batch {items}"
+        name = f"VAR-d{deep} over d{deep} + d{shallow}, N = {handover}, batch {items}"
         note = f"scales of 256 pixels, float32, {torch.get_num_threads()} threads, without the decoder"
         out += [
             Effect(

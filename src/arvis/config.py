@@ -38,17 +38,42 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
-    """A copy of `config` with `name=value` assignments applied in order, as in `["model.depth=20", "lr=1e-3"]`.
+    """A copy of `config` with `name=value` assignments applied in order, as in `["model.depth=20", "lr=1e-3"]`; only
+    what they make together has to hold together.
 
     Names are dotted; the text is read by the field's type: `true`/`false`, numbers, `none` where None is allowed, a
     tuple as `1,2,3` or a JSON list, a whole dataclass as a JSON object.
     """
+    changes = []
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"expected name=value, got {assignment!r}")
-        config = _assign(config, name.strip().split("."), text.strip(), "")
-    return config
+        changes.append((name.strip().split("."), text.strip()))
+    return _changed(config, changes, "")
+
+
+def assignments(base: T, config: T) -> tuple[str, ...]:
+    """What `override` needs to make `config` of `base`, field by field, as in `("depth=20", "text=none")`."""
+    pairs = [(name, getattr(base, name), getattr(config, name)) for name in _types(type(base))]
+    return tuple(f"{name}={_spelled(new)}" for name, old, new in pairs if old != new)
+
+
+def _spelled(value: Any) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(_plain(value))
+
+
+def dotted(config: Any, name: str) -> str | None:
+    """The dotted name of the first field of that name, here or inside, whose value is not empty; None without one."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == name and value:
+            return name
+        if dataclasses.is_dataclass(value) and (found := dotted(value, name)):
+            return f"{field.name}.{found}"
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -137,17 +162,24 @@ def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
-def _assign(config: Any, names: list[str], text: str, path: str) -> Any:
-    cls = type(config)
-    name, rest = names[0], names[1:]
-    _check_name(cls, name, path)
-    hint, value = _types(cls)[name], getattr(config, name)
-    if not rest:
-        return dataclasses.replace(config, **{name: _parse(hint, text, path + name)})
-    if not dataclasses.is_dataclass(value):
-        shown = ".".join(rest)
-        raise ConfigError(f"cannot set {path}{name}.{shown}: {path}{name} is {value!r}, which has no fields")
-    return dataclasses.replace(config, **{name: _assign(value, rest, text, path + name + ".")})
+def _changed(config: Any, changes: Sequence[tuple[list[str], str]], path: str) -> Any:
+    """A copy with texts at the places of names, each dataclass made once."""
+    new: dict[str, Any] = {}
+    inside: dict[str, list[tuple[list[str], str]]] = {}
+    for (name, *rest), text in changes:
+        _check_name(type(config), name, path)
+        if rest:
+            inside.setdefault(name, []).append((rest, text))
+        else:
+            new[name] = _parse(_types(type(config))[name], text, path + name)
+            inside.pop(name, None)
+    for name, deeper in inside.items():
+        value = new.get(name, getattr(config, name))
+        if not dataclasses.is_dataclass(value):
+            shown = ".".join(deeper[0][0])
+            raise ConfigError(f"cannot set {path}{name}.{shown}: {path}{name} is {value!r}, which has no fields")
+        new[name] = _changed(value, deeper, f"{path}{name}.")
+    return dataclasses.replace(config, **new)
 
 
 def _parse(hint: Any, text: str, path: str) -> Any:

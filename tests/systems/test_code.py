@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from arvis.config import from_dict, to_dict
 from arvis.laws import Case, examine, laws_of
 from arvis.laws.case import REQUEST
 from arvis.noise import Noise
@@ -13,11 +15,14 @@ from arvis.state import State
 from arvis.systems import system as module_of
 from arvis.systems.code import (
     PRESETS,
+    CodeConfig,
     CodeSampling,
     Collaborative,
-    build_scales,
+    ModelConfig,
+    build,
     collaborate,
     coupled,
+    described,
     distilled,
     specialised,
     tiny,
@@ -25,6 +30,7 @@ from arvis.systems.code import (
 from arvis.tokens import Pin, at
 from arvis.walk import finish, generate, likelihood, walk
 from chance import chi_square
+from small import built
 
 KINDS = ("var", "brush", "infinity")
 
@@ -262,25 +268,76 @@ def test_distillation_is_its_formula(kind):
 
 
 def test_presets_are_the_official_pairs():
+    var = module_of("var").PRESETS
     for n in (6, 7, 8, 9):
         config = PRESETS[f"code-{n}"].config()
         assert config.handover == n
-        for own, slug in ((config.drafter, "var-d30"), (config.refiner, "var-d16")):
-            published = module_of("var").PRESETS[slug].config()
-            assert replace(own, adaln_init=0, drop_path=0) == replace(published, adaln_init=0, drop_path=0)
-            assert own.drop_path == pytest.approx(published.drop_path)
-    var = module_of("var").PRESETS
-    assert coupled(var["var-d30"].config(), var["var-d16"].config(), 8) == PRESETS["code-8"].config()
-    with pytest.raises(ValueError, match="differ in depth, width and heads alone"):
-        coupled(var["var-d30"].config(), var["var-d36"].config(), 8)
+        for own, name in ((config.drafter, "var-d30"), (config.refiner, "var-d16")):
+            assert own.module is module_of("var") and own.config == var[name].config()
+    large, small = (Named("var", var[name].config()) for name in ("var-d30", "var-d16"))
+    assert coupled(large, small, 8) == PRESETS["code-8"].config()
+
+
+# -- any two presets ---------------------------------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    """As much of a loaded model as a pair has to know."""
+
+    slug: str
+    config: Any
+
+
+@pytest.mark.parametrize("slug", ["var", "m-var", "flexvar", "infinity", "star", "hmar"])
+def test_a_configuration_is_a_preset_and_its_changes(slug):
+    """The tiny ones, whose tokenizers, encoders and sizes are none of the presets'."""
+    found = described(slug, built(slug)[1])
+    assert found.config == built(slug)[1] and found.module is module_of(slug) and found.changes
+    assert from_dict(ModelConfig, to_dict(found)) == found
+    for name, published in module_of(slug).PRESETS.items():
+        assert described(slug, published.config()).config == published.config(), name
+
+
+@pytest.mark.parametrize(("a", "b"), [("var", "m-var"), ("m-var", "var"), ("hmar", "var"), ("brush", "brush")])
+def test_models_of_two_systems_over_one_tokenizer_are_a_pair(a, b):
+    """Each draws its own scales by its own law, whatever class it is of."""
+    large, small = (described(slug, built(slug)[1]) for slug in (a, b))
+    pair = build(CodeConfig(drafter=large, refiner=small, handover=2)).double().eval()
+    drafter, refiner = pair.models.values()
+    assert [type(m) for m in (drafter, refiner)] == [type(built(slug)[0]) for slug in (a, b)]
+    for model in (drafter, refiner):
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    s = drawn(pair, CodeSampling.plain())
+    cond, n = pair.prepare(REQUEST), s.layout.offsets[2]
+    ours, theirs = (m.teacher(s.tokens, cond).log_prob(s.tokens) for m in (drafter, refiner))
+    wanted = ours[:, :n].sum(1) + theirs[:, n:].sum(1)
+    torch.testing.assert_close(likelihood(pair, s.tokens, cond, Noise.of(0, 3)), wanted)
+    assert float((wanted - theirs.sum(1)).abs().max()) > 1e-3
+
+
+def test_both_models_have_the_classes_of_the_pair():
+    large, small = (described(slug, built(slug)[1]) for slug in ("var", "m-var"))
+    config = CodeConfig(drafter=large, refiner=small, handover=2, num_classes=7)
+    for model in build(config).models.values():
+        assert model.transformer.conditioner.num_classes == 7
+    assert build(replace(config, num_classes=0)).models["refiner"].transformer.conditioner.num_classes == 3
+
+
+def test_presets_of_two_tokenizers_are_no_pair():
+    large, small = (described(slug, built(slug)[1]) for slug in ("var", "brush"))
+    with pytest.raises(ValueError, match="share tokenizer and conditions, and 'refiner' has others than 'drafter'"):
+        build(CodeConfig(drafter=large, refiner=small, handover=2))
+    with pytest.raises(KeyError, match="no model is called 'var-d17'"):
+        build(CodeConfig(drafter=ModelConfig(preset="var-d17"), refiner=small, handover=2))
 
 
 def test_two_trained_models_become_one_folder(tmp_path):
     from arvis.model import Model, load
 
-    large = replace(tiny_config(), depth=3)
-    small = tiny_config()
-    a, b = build_scales(large), build_scales(small)
+    tiny = built("var")[1]
+    large, small = (Named("var", replace(tiny, depth=depth)) for depth in (3, 2))
+    a, b = (module_of("var").build(named.config) for named in (large, small))
     b.tokenizer = a.tokenizer
     config = coupled(large, small, 1)
     pair = Model(collaborate(a, b, 1), slug="code", name="mine", config=config, settings={"top_k": (3,)}, source={})
@@ -289,12 +346,3 @@ def test_two_trained_models_become_one_folder(tmp_path):
     assert again.settings["top_k"] == [3] and again.config == config
     pictures = [m.generate(class_labels=1, n=2)[1].tobytes() for m in (pair, again)]
     assert pictures[0] == pictures[1]
-
-
-def tiny_config():
-    seen = []
-    module = module_of("code")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "build", seen.append)
-        module.tiny()
-    return seen[0].refiner

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from arvis.config import ConfigError, from_dict, override, to_dict
+from arvis.config import ConfigError, assignments, from_dict, override, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,44 @@ def test_override_reads_text_by_the_type_of_the_field() -> None:
         name="3", rate=1e-4, on=True, inner=Inner(depth=9, sizes=(4, 5, 6)), betas=(0.5, 0.9), maybe=Inner(depth=6)
     )
     assert type(config.name) is str
+
+
+@dataclass(frozen=True)
+class Either:
+    """Of the two exactly one is there."""
+
+    left: Inner | None = None
+    right: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.left is None) == (self.right is None):
+            raise ValueError(f"exactly one of left and right, got {self}")
+
+
+@dataclass(frozen=True)
+class Whole:
+    either: Either
+    place: Path
+
+
+def test_assignments_are_what_override_needs() -> None:
+    old = Outer(name="a")
+    new = Outer(
+        name="b = c", rate=1e-4, on=not old.on, inner=Inner(sizes=(4, 5)), betas=(0.5, 0.25), maybe=Inner(depth=4)
+    )
+    for base, config in ((old, new), (new, old), (Either(left=Inner()), Either(right="x")), (old, old)):
+        needed = assignments(base, config)
+        assert override(base, needed) == config and (needed == ()) == (base == config)
+    assert "name=b = c" in assignments(old, new) and "maybe=none" in assignments(new, old)
+
+
+def test_only_what_assignments_make_together_has_to_hold() -> None:
+    assert override(Either(left=Inner()), ["left=none", "right=x"]) == Either(right="x")
+    whole = Whole(either=Either(left=Inner()), place=Path("a"))
+    changed = override(whole, ["either.left=none", "either.right=y", "either.right=x"])
+    assert changed == Whole(either=Either(right="x"), place=Path("a")), "what is not named may be anything"
+    with pytest.raises(ValueError, match="exactly one of left and right"):
+        override(Either(left=Inner()), ["right=x"])
 
 
 @pytest.mark.parametrize(

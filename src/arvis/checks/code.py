@@ -25,17 +25,19 @@ from arvis.systems.code import (
     PRESETS,
     CodeSampling,
     Collaborative,
-    VARConfig,
     build,
-    build_scales,
     collaborate,
     distilled,
+    official,
 )
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
 from arvis.tokens import Pin
 from arvis.training.fit_config import FitConfig
 from arvis.walk import finish, generate, walk
+
+MODELS = official(8).drafter.module
+"""The system of the published models."""
 
 HANDOVER = 2
 """Of four scales: 5 tokens are drafted, 25 refined."""
@@ -63,11 +65,11 @@ class Length:
     specialised: int = 60
 
 
-def config() -> VARConfig:
+def config() -> Any:
     """The large model: 32x32 pixels, 4x4 cells at the last of four scales: 30 tokens."""
     cnn = CNNConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=16)
     tokenizer = PyramidVQConfig(patch_nums=(1, 2, 3, 4), vocab_size=64, z_channels=16, cnn=cnn)
-    return VARConfig(tokenizer=tokenizer, depth=4, width=128, heads=4, num_classes=CLASSES)
+    return MODELS.CONFIG(tokenizer=tokenizer, depth=4, width=128, heads=4, num_classes=CLASSES)
 
 
 def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None) -> Trained:
@@ -75,8 +77,8 @@ def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None
     data = digits() if data is None else data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        large = build_scales(config())
-        small = build_scales(replace(config(), depth=2, width=96, heads=3))
+        large = MODELS.build(config())
+        small = MODELS.build(replace(config(), depth=2, width=96, heads=3))
     small.tokenizer = large.tokenizer
     learn_pictures(large.tokenizer, data, length.tokenizer, on_step)
     tokens, layout = large.tokenizer.encode(data.images), large.tokenizer.layout()

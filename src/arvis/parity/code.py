@@ -12,20 +12,15 @@ from torch import Tensor, nn
 from arvis.noise import Noise, Recorded, Source
 from arvis.parity.harness import Fixture
 from arvis.state import State
-from arvis.systems.code import (
-    CodeConfig,
-    CodeSampling,
-    Collaborative,
-    VARConfig,
-    build_scales,
-    collaborate,
-    keys,
-)
+from arvis.systems.code import CodeSampling, Collaborative, collaborate, official
 from arvis.tokenizers.patch import PatchConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
 from arvis.tokens import at
 from arvis.walk import walk
 from arvis.weights import SAME_NAMES, Key, load_official
+
+MODELS = official(8).drafter.module
+"""The system of the published models."""
 
 _QUANTIZER = {
     "vocab_size": "vocab_size",
@@ -55,9 +50,8 @@ def run(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     models = {}
     for name in ("drafter", "refiner"):
         config = configured(tokenizer, fixture.model(name))
-        models[name] = build_scales(config).eval()
-        official = keys(CodeConfig(drafter=config, depth=1, width=1, heads=1, handover=1))[name]
-        load_official(models[name].transformer, official, fixture.weights(name), source=f"{fixture.folder}: {name}")
+        models[name], table = MODELS.build(config).eval(), MODELS.keys(config)["transformer"]
+        load_official(models[name].transformer, table, fixture.weights(name), source=f"{fixture.folder}: {name}")
     shared = models["drafter"].tokenizer
     load_official(shared.quantize, _QUANTIZER_KEYS, fixture.weights("quantizer"), source=f"{fixture.folder}: quantizer")
     models["refiner"].tokenizer = shared
@@ -74,8 +68,7 @@ def skeleton(layout: Mapping[str, Any]) -> tuple[nn.Module, tuple[Key, ...]]:
     values = layout["constructor"]
     named = {"vocab_size": "vocab_size", "Cvae": "Cvae", "v_patch_nums": "patch_nums"}
     config = configured(tokenizer_of({ours: values[theirs] for ours, theirs in named.items()}), values)
-    table = keys(CodeConfig(drafter=config, depth=1, width=1, heads=1, handover=1))
-    return build_scales(config).transformer, table["drafter"]
+    return MODELS.build(config).transformer, MODELS.keys(config)["transformer"]
 
 
 def tokenizer_of(values: Mapping[str, Any]) -> PyramidVQConfig:
@@ -88,12 +81,12 @@ def tokenizer_of(values: Mapping[str, Any]) -> PyramidVQConfig:
     return PyramidVQConfig(patch_nums=sides, patch=patch, **own)
 
 
-def configured(tokenizer: PyramidVQConfig, values: Mapping[str, Any]) -> VARConfig:
+def configured(tokenizer: PyramidVQConfig, values: Mapping[str, Any]) -> Any:
     """A model over its scales from official constructor values; absent ones are the official defaults."""
     if tuple(values["patch_nums"]) != tokenizer.patch_nums:
         raise ValueError(f"quantiser and model differ in scales: {tokenizer.patch_nums} and {values['patch_nums']}")
     own = {ours: values[theirs] for theirs, ours in _TRANSFORMER.items() if theirs in values}
-    return VARConfig(tokenizer=tokenizer, label_drop=0.0, **own)
+    return MODELS.CONFIG(tokenizer=tokenizer, label_drop=0.0, **own)
 
 
 def _sampled(

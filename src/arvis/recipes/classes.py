@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arvis import systems
-from arvis.config import override
+from arvis.config import dotted, override
 
 FIELD = "num_classes"
 
 
-def class_field(config: Any, path: str = "") -> str | None:
+def class_field(config: Any) -> str | None:
     """The dotted name of the number of classes in a configuration; None where it has none, or no classes."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == FIELD and value:
-            return path + FIELD
-        if dataclasses.is_dataclass(value) and (found := class_field(value, f"{path}{field.name}.")):
-            return found
-    return None
+    return dotted(config, FIELD)
 
 
 def class_count(config: Any) -> int:
     """How many classes a model of a configuration has; 0 without any."""
-    value = config
-    for name in (class_field(config) or "").split("."):
-        value = getattr(value, name) if name else 0
-    return value
+    field = class_field(config)
+    return attrgetter(field)(config) if field else 0
 
 
 def with_classes(

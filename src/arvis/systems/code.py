@@ -7,7 +7,8 @@ draws scales 0..N-1 and is done: its cache is dropped. What it hands over is the
 tokenizer; the refiner builds the sum of their codes anew, reads all N + 1 scales in one pass (rule `upto`, cached) and
 goes on. Nothing is verified: the law is p_drafter(first N scales) p_refiner(the rest | first N).
 
-`Collaborative` takes any models over scales; the published system is one of a large and a small VAR.
+`Collaborative` takes any models over scales, and a configuration names any two presets; the published pairs are a large
+and a small VAR.
 """
 
 from __future__ import annotations
@@ -15,31 +16,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from operator import attrgetter
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from arvis.config import assignments, dotted, override
 from arvis.dist import Categorical, Dist
 from arvis.nn.cache import Cache
 from arvis.noise import Source
 from arvis.published import File, Preset, Result
 from arvis.sampling import per_item, temper, top_k, top_p
 from arvis.state import Cond, State
-from arvis.systems.var import (
-    NO_DECAY,
-    PATCH_NUMS_256,
-    TOKENIZER_KEYS,
-    TRANSFORMER_KEYS,
-    VARConfig,
-    preset,
-    scale_keys,
-)
-from arvis.systems.var import build as build_scales
-from arvis.systems.var import emoji_64 as large_64
-from arvis.tokenizers.cnn import CNNConfig
-from arvis.tokenizers.pyramid import PyramidVQConfig
-from arvis.tokens import Layout, Pin, pyramid
+from arvis.systems import preset, system
+from arvis.systems.var import NO_DECAY
+from arvis.tokens import Layout, Pin
 from arvis.walk import Watch
 from arvis.weights import Key
 
@@ -64,19 +57,51 @@ class CodeSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeConfig:
-    """The drafter, the sizes in which the refiner differs from it, and how many scales are drafted."""
+class ModelConfig:
+    """A preset of any system over scales by name, with `changes` of its configuration ("name=value")."""
 
-    drafter: VARConfig
-    depth: int
-    width: int
-    heads: int
-    handover: int
+    preset: str
+    changes: tuple[str, ...] = ()
 
     @property
-    def refiner(self) -> VARConfig:
-        drop_path = self.drafter.drop_path * self.depth / self.drafter.depth
-        return replace(self.drafter, depth=self.depth, width=self.width, heads=self.heads, drop_path=drop_path)
+    def module(self) -> ModuleType:
+        """The system that it is of."""
+        return system(preset(self.preset)[0])
+
+    @property
+    def config(self) -> Any:
+        """The configuration of that system."""
+        return override(preset(self.preset)[2].config(), self.changes)
+
+
+Model = tuple[ModuleType, Any]
+"""The module of a system and a configuration of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeConfig:
+    """The drafter, the refiner, and how many scales are drafted.
+
+    Both have `num_classes` where it is not 0. In training `label_drop` of the refiner's conditions are left out.
+    """
+
+    drafter: ModelConfig
+    refiner: ModelConfig
+    handover: int
+    num_classes: int = 0
+    label_drop: float = 0.1
+
+    @property
+    def models(self) -> tuple[Model, Model]:
+        """The drafter and the refiner."""
+        drafter, refiner = (self._model(part) for part in (self.drafter, self.refiner))
+        return drafter, refiner
+
+    def _model(self, part: ModelConfig) -> Model:
+        config, field = part.config, dotted(part.config, "num_classes")
+        if self.num_classes and field:
+            config = override(config, [f"{field}={self.num_classes}"])
+        return part.module, config
 
 
 # -- any models over scales -------------------------------------------------------------------------------------------
@@ -329,48 +354,59 @@ def _generator(model: Any) -> nn.Module:
     return next(iter(parts.values())) if len(parts) == 1 else nn.ModuleDict(parts)
 
 
-def _alike(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two tokenizers are one, or have the same scales, names, shapes and (but on the meta device) values."""
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two tokenizers are one, or of one kind and (but on the meta device) with the same values."""
     if a is b:
         return True
-    ours, theirs = a.state_dict(), b.state_dict()
-    return (
-        a.layout() == b.layout()
-        and {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
-        and all(x.is_meta or torch.equal(x, theirs[name]) for name, x in ours.items())
-    )
+    theirs = b.state_dict()
+    return _of_one_kind(a, b) and all(x.is_meta or torch.equal(x, theirs[n]) for n, x in a.state_dict().items())
+
+
+def _of_one_kind(a: Any, b: Any) -> bool:
+    """Whether two tokenizers have the same scales, and tensors of the same names and shapes."""
+    ours, theirs = ({name: x.shape for name, x in tokenizer.state_dict().items()} for tokenizer in (a, b))
+    return a.layout() == b.layout() and ours == theirs
 
 
 # -- assembly and presets ---------------------------------------------------------------------------------------------
 
 
 def build(config: CodeConfig) -> Collaborative:
-    """A large and a small VAR over one tokenizer, with freshly initialised weights."""
-    drafter, refiner = build_scales(config.drafter), build_scales(config.refiner)
-    refiner.tokenizer = drafter.tokenizer
-    models = {"drafter": drafter, "refiner": refiner}
-    return Collaborative(models, (config.handover,), config.drafter.label_drop)
+    """A pair over one tokenizer, with freshly initialised weights. ValueError for models of different tokenizers."""
+    drafter, refiner = (module.build(own) for module, own in config.models)
+    if _of_one_kind(drafter.tokenizer, refiner.tokenizer):  # else it is refused
+        refiner.tokenizer = drafter.tokenizer
+    return Collaborative({"drafter": drafter, "refiner": refiner}, (config.handover,), config.label_drop)
 
 
-def coupled(large: VARConfig, small: VARConfig, handover: int) -> CodeConfig:
-    """The configuration of two VARs; ValueError where they differ in more than their sizes."""
-    config = CodeConfig(drafter=large, depth=small.depth, width=small.width, heads=small.heads, handover=handover)
-    same = replace(small, drop_path=config.refiner.drop_path, adaln_init=large.adaln_init)
-    if same != config.refiner:
-        raise ValueError(f"a drafter and a refiner differ in depth, width and heads alone, got {large} and {small}")
-    return config
+def coupled(large: Any, small: Any, handover: int) -> CodeConfig:
+    """The configuration of two loaded models, which say their `slug` and `config`."""
+    field = dotted(large.config, "num_classes")
+    return CodeConfig(
+        drafter=described(large.slug, large.config),
+        refiner=described(small.slug, small.config),
+        handover=handover,
+        num_classes=attrgetter(field)(large.config) if field else 0,
+    )
+
+
+def described(slug: str, config: Any) -> ModelConfig:
+    """A configuration by the preset of its system that needs the fewest changes."""
+    published = {name: p.config() for name, p in system(slug).PRESETS.items()}
+    found = [ModelConfig(preset=name, changes=assignments(base, config)) for name, base in published.items()]
+    return min(found, key=lambda model: len(model.changes))
 
 
 def official(handover: int) -> CodeConfig:
     """VAR-d30 drafts, VAR-d16 refines."""
-    return CodeConfig(
-        drafter=preset(30, PATCH_NUMS_256, False, 1e-5), depth=16, width=1024, heads=16, handover=handover
-    )
+    drafter, refiner = ModelConfig(preset="var-d30"), ModelConfig(preset="var-d16")
+    return CodeConfig(drafter=drafter, refiner=refiner, handover=handover, num_classes=1000)
 
 
 def emoji_64() -> CodeConfig:
     """The nine groups of the emoji world at 64x64 pixels: 14 tokens are drafted, 89 refined."""
-    return CodeConfig(drafter=large_64(), depth=3, width=128, heads=4, handover=3)
+    small = ModelConfig(preset="var-emoji-64", changes=("depth=3", "width=128", "heads=4"))
+    return CodeConfig(drafter=ModelConfig(preset="var-emoji-64"), refiner=small, handover=3, num_classes=9)
 
 
 CONFIG = CodeConfig
@@ -444,19 +480,24 @@ RESULTS = tuple(
 
 
 def keys(config: CodeConfig) -> dict[str, tuple[Key, ...]]:
-    """The official names of every part: both models are VARs."""
-    scales = scale_keys(pyramid(config.drafter.tokenizer.patch_nums))
-    transformer = (*TRANSFORMER_KEYS, *scales)
-    return {"tokenizer": TOKENIZER_KEYS, "drafter": transformer, "refiner": transformer}
+    """The official names of every part, which are those of both models."""
+    drafter, refiner = (module.keys(own) for module, own in config.models)
+    return {**drafter, "drafter": drafter["transformer"], "refiner": refiner["transformer"]}
+
+
+_TINY = (
+    "depth=2",
+    "width=16",
+    "heads=2",
+    "shared_aln=false",
+    "adaln_init=1.0",
+    'tokenizer={"patch_nums": [1, 2, 3], "vocab_size": 5, "z_channels": 4, "cnn": '
+    '{"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 4}}',
+)
 
 
 def tiny() -> Collaborative:
     """The smallest complete pair, for the laws."""
-    tokenizer = PyramidVQConfig(
-        patch_nums=(1, 2, 3),
-        vocab_size=5,
-        z_channels=4,
-        cnn=CNNConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4),
-    )
-    drafter = VARConfig(tokenizer=tokenizer, depth=2, width=16, heads=2, num_classes=3, adaln_init=1.0)
-    return build(CodeConfig(drafter=drafter, depth=1, width=8, heads=2, handover=2))
+    drafter = ModelConfig(preset="var-emoji-64", changes=_TINY)
+    refiner = ModelConfig(preset="var-emoji-64", changes=(*_TINY, "depth=1", "width=8"))
+    return build(CodeConfig(drafter=drafter, refiner=refiner, handover=2, num_classes=3))
