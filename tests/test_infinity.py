@@ -460,15 +460,17 @@ def test_pictures_features_and_tokens_can_be_learned_from():
 def test_flips_are_as_many_as_drawn_and_labels_follow_them():
     system, items = made(flip_levels=2, flip_strength=0.3), 400
     f = torch.randn(items, 2, 3, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    labels, x, layout = system._targets({"features": f}, Noise.of(1, items))
+    labels, x, layout = system._targets({"features": f}, Noise.of(1, items), system.config.flip_strength)
     tokens, clean = system.tokenizer.corrected(f, layout)
     assert torch.equal(labels[:, 0], tokens[:, 0])
     share = 1 - torch.isclose(x[:, :2], clean[:, :2]).all(-1).double().mean()
     assert 0.2 < share < 0.4, "a token of two bits is hit with probability 2 p, p uniform up to 0.3"
     late = Noise.of(1, 7).uniform("strength", 0, (4,))
-    short = made(flip_levels=1)._targets({"features": f[:7]}, Noise.of(1, 7))
+    short = made(flip_levels=1)._targets({"features": f[:7]}, Noise.of(1, 7), system.config.flip_strength)
     assert late.shape == (7, 4) and not torch.equal(short[0], tokens[:7])
-    alone = system._targets({"features": f[5:6]}, Noise.of(1, items).take(torch.tensor([5])))
+    alone = system._targets(
+        {"features": f[5:6]}, Noise.of(1, items).take(torch.tensor([5])), system.config.flip_strength
+    )
     assert torch.equal(alone[0], labels[5:6]), "an item's flips are its own"
 
 

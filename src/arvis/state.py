@@ -284,7 +284,7 @@ class Staged(Protocol):
     label_drop: float
 
     def lesson(self, batch: dict[str, Any], noise: Source) -> Lesson:
-        """A step of teacher forcing; its losses are those of `loss`."""
+        """A step of teacher forcing; its losses are those of `loss` (without what disturbs its inputs)."""
         ...
 
     def one_pass(self, x_BNC: Tensor, c: Condition, layout: Layout, scales: Sequence[int], see: See) -> Categorical:

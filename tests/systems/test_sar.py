@@ -13,14 +13,23 @@ from arvis.noise import Noise
 from arvis.published import Preset
 from arvis.rows import Rows, render
 from arvis.state import Staged
-from arvis.systems import flexvar, sar, var
+from arvis.systems import flexvar, infinity, sar, var
 from arvis.tokens import at
 from arvis.training.fit import FitConfig, fit
 from arvis.training.refinement import RefinementConfig, predict, refine, start_and_own, student, student_inputs
 from arvis.weights import read_pretrained, save_pretrained
 from small import built, picture
 
-MODELS = {"flexvar": flexvar.tiny, "var": var.tiny}
+
+def bitwise():
+    """Bits count alike, so that losses are plain means; nothing is flipped but by the model itself."""
+    return infinity.build(replace(built("infinity")[1], reweight=False, flip_strength=0.0))
+
+
+MODELS = {"flexvar": flexvar.tiny, "var": var.tiny, "infinity": bitwise}
+"""Codes of the whole picture, codes that add up, bits that add up."""
+
+REQUEST = {"class_labels": [0, 1, 2], "prompt": ["a red apple", "a cat", "two dogs"]}
 
 
 @pytest.fixture(params=MODELS)
@@ -37,7 +46,7 @@ def system(request):
 def batch(system):
     y, x = (side * system.tokenizer.config.downsample for side in system.tokenizer.layout().levels[-1])
     image = torch.rand(3, 3, y, x, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
-    return {"image": image, "class_labels": [0, 1, 2]}
+    return {"image": image, **REQUEST}
 
 
 def whole(system, batch):
@@ -105,17 +114,17 @@ def test_the_loss_is_the_sum_written_out(system, batch, target, transitions):
     config = RefinementConfig(sigma=0.3, transitions=transitions, target=target)
     found = refine(system, batch, noise, config)
     lesson = system.lesson(batch, noise)
-    layout, T = lesson.layout, lesson.predicted.logits[:, :, 0]
+    layout, T = lesson.layout, lesson.predicted.logits
     u = T.argmax(-1)
     k = 1 + int(float(noise.uniform("transition", 0, ())[0]) * 2)
     scales = {"last": [2], "all": [1, 2], "random": [k]}[transitions]
     null = noise.uniform("drop again", 0, ()) < 0.5
     c = system.transformer.conditioner(lesson.cond, null)
-    S = student(system, u[..., None], c, layout, scales).logits[:, :, 0]
+    S = student(system, u, c, layout, scales).logits
     where = torch.cat([torch.arange(layout.n)[layout.span(k)] for k in scales])
-    wanted = u if target == "teacher" else lesson.tokens[..., 0]
-    student_loss = F.cross_entropy(S.flatten(0, 1), wanted[:, where].flatten())
-    teacher_loss = F.cross_entropy(T.flatten(0, 1), lesson.tokens.flatten())
+    wanted = u if target == "teacher" else lesson.tokens
+    student_loss = F.cross_entropy(S.flatten(0, 2), wanted[:, where].flatten())
+    teacher_loss = F.cross_entropy(T.flatten(0, 2), lesson.tokens.flatten())
     assert torch.allclose(found["teacher"], teacher_loss) and torch.allclose(found["student"], student_loss)
     assert torch.allclose(found["loss"], teacher_loss + 0.3 * student_loss)
     assert torch.allclose(found["agreement"].double(), (S.argmax(-1) == u[:, where]).double().mean())
@@ -144,13 +153,14 @@ def test_gradients_come_through_the_logits_of_each_pass_and_through_no_tokens(sy
     assert torch.equal(losses["lesson"].predicted.logits.grad, expected), "the second pass reaches no teacher logits"
     assert all(torch.equal(none[n], teacher[n]) for n in teacher)
     moved = {n for n in teacher if not torch.allclose(both[n], teacher[n])}
-    assert {"word.weight", "head.linear.weight", "position"} <= moved and "start_position" not in moved
+    placed = {"position", "level.weight"} & dict(system.transformer.named_parameters()).keys()
+    assert {"word.weight", "head.linear.weight", *placed} <= moved and "start_position" not in moved
     assert all(p.grad is None for p in system.tokenizer.encoder.parameters())
 
 
 def test_with_a_weight_of_zero_training_is_bit_identical_to_teacher_forcing(system, batch, tmp_path):
     plain, refined, other = (copy.deepcopy(system.float()) for _ in range(3))
-    batch = {"image": batch["image"].float(), "class_labels": torch.arange(3)}
+    batch = {**batch, "image": batch["image"].float()}
     config = FitConfig(steps=2, batch=3, lr=1e-2, precision="float32", compile=False)
     ends = []
     for name, s, loss in (
@@ -184,7 +194,7 @@ def test_drawn_predictions_follow_the_guided_filtered_law(system, batch):
         assert torch.equal(top, predict(system, lesson, noise, RefinementConfig()))
         guided = RefinementConfig(draw=True, cfg_scale=3.0, top_k=1)
         null = system.teacher(lesson.tokens, None, layout).logits
-        t = (3.0 * 0.5 * (1 + layout.level_N.double() / (layout.K - 1)))[:, None, None]
+        t = (3.0 * 0.5 * (1 + layout.level_N.double() / (layout.K - 1)))[:, None, None]  # the same for all sub-tokens
         wanted = ((1 + t) * lesson.predicted.logits - t * null).argmax(-1)
         found = predict(system, lesson, noise, guided)
         assert torch.equal(found, wanted) and not torch.equal(found, top)
@@ -251,5 +261,20 @@ def test_objectives_that_are_none_are_refused(tmp_path):
 
 
 def test_which_systems_can_be_refined():
-    assert all(isinstance(built(slug)[0], Staged) for slug in ("flexvar", "sar", "var", "brush"))
+    assert all(isinstance(built(slug)[0], Staged) for slug in ("flexvar", "sar", "var", "brush", "infinity"))
     assert not isinstance(built("llamagen")[0], Staged)
+
+
+def test_bits_are_flipped_by_the_model_alone():
+    """The lesson has the tokens of the picture, whatever the loss flips; codes of many bits cannot be put back."""
+    config = replace(built("infinity")[1], flip_strength=0.5)
+    system = infinity.build(config).eval()
+    batch, noise = {"image": torch.rand(3, 3, 8, 8), **REQUEST}, Noise.of(1, 3)
+    lesson = system.lesson(batch, noise)
+    assert torch.equal(lesson.tokens, system.tokenizer.encode(batch["image"]))
+    steady = copy.deepcopy(system)
+    steady.config = replace(config, flip_strength=0.0)
+    assert torch.equal(lesson.losses["loss"], steady.loss(batch, noise)["loss"])
+    assert not torch.equal(lesson.losses["loss"], system.loss(batch, noise)["loss"])
+    with pytest.raises(ValueError, match="put back as bits, and this model has labels='codes'"):
+        infinity.build(replace(config, labels="codes")).lesson(batch, noise)

@@ -193,11 +193,12 @@ def masked(system: Infinity, f: Tensor, cond: Cond) -> list[Claim]:
     layout = system.tokenizer.layout()
     x = system.tokenizer.corrected(f, layout)[1]
     c = system.transformer.conditioner(cond, torch.zeros(len(f), dtype=torch.bool))
-    before, coarser, finer = system.one_pass(x, c, layout, layout.K).logits, 0.0, []
+    scales = range(1, layout.K)
+    before, coarser, finer = system.one_pass(x, c, layout, scales, system.see).logits, 0.0, []
     for k in range(1, layout.K):
         other = x.clone()
         other[:, layout.offsets[k] - 1 : layout.offsets[k + 1] - 1].neg_()
-        moved = (system.one_pass(other, c, layout, layout.K).logits - before).abs().amax((0, 2, 3))
+        moved = (system.one_pass(other, c, layout, scales, system.see).logits - before).abs().amax((0, 2, 3))
         coarser = max(coarser, float(moved[: layout.offsets[k]].max()))
         finer += [float(moved[layout.span(j)].max()) for j in range(k, layout.K)]
     return [

@@ -6,6 +6,7 @@ Infinity (arXiv 2412.04431): as VAR's, with a table of levels instead of learned
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -168,18 +169,28 @@ class RotaryScaleTransformer(nn.Module):
     ) -> Tensor:
         """Hidden rows [B*G, R, D] of levels first..last-1, over the cache where there is one; `taps[i]` is applied to
         what block i gives."""
-        most = self.level.num_embeddings
-        if most < layout.K or layout.sizes[0] != 1:
-            raise ValueError(f"a list of scales begins with one cell and has at most {most}, got {layout.levels}")
-        span = slice(layout.offsets[first], layout.offsets[last])
-        level_R, taps = layout.level_N[span], taps or {}
-        rows = Rows.of(level_R)
+        where = layout.where(*range(first, last))[0]
+        rows = Rows.of(layout.level_N[where])
         # nothing reads the rows of the last scale later, so they take no slot of the cache
         mask = render(see, rows, rows) if cache is None else cache.place(see, rows, keep=last < layout.K)
-        x = self.embed(c, x_BNC, first)
-        level = self.level(level_R.to(x.device))
-        vector, table = self.modulation(c) if c.ahead is None else c.vector, self.table(layout)[:, span]
-        call = Call(mask=mask, table=table, cache=cache, vector=vector, ahead=c.ahead, context=c.context, rows=rows)
+        return self._run(self.embed(c, x_BNC, first), c, layout, where, Call(mask=mask, cache=cache, rows=rows), taps)
+
+    def apart(self, c: Condition, x_BNC: Tensor | None, layout: Layout, scales: Sequence[int], see: See) -> Tensor:
+        """Hidden rows of level 0 and of some others alone, in one pass under any rule; x holds the others' features."""
+        where = layout.where(0, *scales)[0]
+        rows = Rows.of(layout.level_N[where])
+        return self._run(self.embed(c, x_BNC, 0), c, layout, where, Call(mask=render(see, rows, rows), rows=rows))
+
+    def _run(
+        self, x: Tensor, c: Condition, layout: Layout, where: Tensor, call: Call, taps: Mapping[int, Tap] | None = None
+    ) -> Tensor:
+        """The blocks over the positions `where` of a layout."""
+        most, taps = self.level.num_embeddings, taps or {}
+        if most < layout.K or layout.sizes[0] != 1:
+            raise ValueError(f"a list of scales begins with one cell and has at most {most}, got {layout.levels}")
+        level = self.level(layout.level_N[where].to(x.device))
+        vector, table = self.modulation(c) if c.ahead is None else c.vector, self.table(layout)[:, where]
+        call = replace(call, table=table, vector=vector, ahead=c.ahead, context=c.context)
         at = 0
         for stop in sorted({*self.told_before, *(i + 1 for i in taps), len(self.trunk)} - {0}):
             x = x + level if at in self.told_before else x

@@ -152,7 +152,7 @@ def _teacher(
         labels, x = system.tokenizer.corrected(f, layout, _flips(io, name, layout, system.space.S, runs[run_], system))
         yield f"{name}_input", x
         yield f"{name}_labels", labels
-        yield logits, system.one_pass(x, c, layout, layout.K).logits.flatten(2)
+        yield logits, system.one_pass(x, c, layout, range(1, layout.K), system.see).logits.flatten(2)
     texts = {"text_features": cond["text"], "text_visible": cond["visible"]}
     for name, reweight in (("loss_reweighted", True), ("loss_plain", False)):
         weighed = Infinity(system.tokenizer, transformer, replace(system.config, reweight=reweight))

@@ -43,7 +43,7 @@ from arvis.published import File, Preset, Result
 from arvis.quant.lookup_free import pack_bits, unpack_bits
 from arvis.rows import See, upto
 from arvis.sampling import cfg, mix, per_item, temper, top_k, top_p
-from arvis.state import Cond, State
+from arvis.state import Cond, Lesson, State
 from arvis.tokenizers.bits import BitPyramid, BitPyramidConfig
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.patch import PatchConfig
@@ -175,7 +175,7 @@ class Infinity(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer, self.transformer, self.config, self.see = tokenizer, transformer, config, see
-        self.space = tokenizer.space
+        self.space, self.label_drop = tokenizer.space, config.label_drop
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts that official files hold."""
@@ -268,13 +268,14 @@ class Infinity(nn.Module):
         null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         layout = layout or self.tokenizer.layout()
         x = self.tokenizer.inputs(tokens, layout)
-        return self.one_pass(x, self.transformer.conditioner(cond, null), layout, layout.K)
+        return self.one_pass(x, self.transformer.conditioner(cond, null), layout, range(1, layout.K), self.see)
 
-    def one_pass(self, x_BNC: Tensor, c: Condition, layout: Layout, last: int) -> Categorical | Coded:
-        """The distributions of scales 0..last-1 under any inputs of scales 1..last-1."""
-        h = self.transformer(c, x_BNC if last > 1 else None, layout, 0, last, self.see)
-        where = torch.arange(layout.offsets[last])[None]
-        return self._dist(where, self._outcomes(self.transformer.head(h, c.vector)))
+    def one_pass(
+        self, x_BNC: Tensor, c: Condition, layout: Layout, scales: Sequence[int], see: See
+    ) -> Categorical | Coded:
+        """The distributions of scale 0 and of `scales` alone under any inputs of these and any visibility."""
+        h = self.transformer.apart(c, x_BNC if scales else None, layout, scales, see)
+        return self._dist(layout.where(0, *scales), self._outcomes(self.transformer.head(h, c.vector)))
 
     def latents(self, image: Tensor) -> dict[str, Tensor]:
         """What of pictures can be stored for training: their features, which flips need."""
@@ -289,19 +290,30 @@ class Infinity(nn.Module):
 
         Deviation: each item draws flip probabilities of its own, where the official code draws them for the batch.
         """
-        labels, x, layout = self._targets(batch, noise)
+        return self._step(batch, noise, self.config.flip_strength).losses
+
+    def lesson(self, batch: dict[str, Any], noise: Source) -> Lesson:
+        """A step of teacher forcing without flips, with what it was about: who learns on its own predictions has these
+        for mistakes. ValueError where labels are codes."""
+        if self.config.labels != "bits":
+            raise ValueError(f"predictions are put back as bits, and this model has labels={self.config.labels!r}")
+        return self._step(batch, noise, 0.0)
+
+    def _step(self, batch: dict[str, Any], noise: Source, strength: float) -> Lesson:
+        labels, x, layout = self._targets(batch, noise, strength)
         last = min(batch.get("levels") or layout.K, layout.K)
-        n = layout.offsets[last]
-        null = noise.uniform("drop", 0, ()).to(labels.device) < self.config.label_drop
-        c = self.transformer.conditioner(self.prepare(batch), null)
-        labels, d = labels[:, :n], self.one_pass(x[:, : n - layout.sizes[0]], c, layout, last)
+        n, cond = layout.offsets[last], self.prepare(batch)
+        null = noise.uniform("drop", 0, ()).to(labels.device) < self.label_drop
+        c = self.transformer.conditioner(cond, null)
+        labels, d = labels[:, :n], self.one_pass(x[:, : n - layout.sizes[0]], c, layout, range(1, last), self.see)
         bits = labels.shape[-1] if self.config.labels == "bits" else 1
         nats = -d.log_prob(labels) / bits
         weight = self.token_weights(layout, last).to(nats)
         out = {"loss": (nats * weight).sum(1).mean()}
         if self.config.labels == "bits":
             out["accuracy"] = (d.logits.detach().argmax(-1) == labels).float().mean()
-        return out | {f"nats_{k}": nats[:, layout.span(k)].mean().detach() for k in range(last)}
+        out |= {f"nats_{k}": nats[:, layout.span(k)].mean().detach() for k in range(last)}
+        return Lesson(labels, layout, cond, d, out)
 
     def token_weights(self, layout: Layout, last: int) -> Tensor:
         """What the tokens of the first scales count [n], sum 1."""
@@ -310,15 +322,14 @@ class Infinity(nn.Module):
         return weight / weight.sum()
 
     @torch.no_grad()
-    def _targets(self, batch: Mapping[str, Any], noise: Source) -> tuple[Tensor, Tensor, Layout]:
-        """(labels [B, N, S], inputs without scale 0, layout)."""
+    def _targets(self, batch: Mapping[str, Any], noise: Source, strength: float) -> tuple[Tensor, Tensor, Layout]:
+        """(labels [B, N, S], inputs without scale 0, layout) under flips with probabilities of up to `strength`."""
         if "tokens" in batch:
             layout = self.tokenizer.layout()
             return batch["tokens"], self.tokenizer.inputs(batch["tokens"], layout), layout
         f = batch["features"] if "features" in batch else self.tokenizer.features(batch["image"])
         cell = self.tokenizer.config.backbone.downsample
         layout = self.tokenizer.layout(tuple(side * cell for side in f.shape[2:]))
-        strength = self.config.flip_strength
         if strength == 0 or self.config.flip_levels == 0:
             return *self.tokenizer.corrected(f, layout), layout
         p_BK = (noise.uniform("strength", 0, (layout.K,)) * (100 * strength + 1)).floor() / 100

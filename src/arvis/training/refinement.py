@@ -44,10 +44,10 @@ class RefinementConfig:
 def refine(system: Staged, batch: dict[str, Any], noise: Source, config: RefinementConfig) -> dict[str, Tensor]:
     """The losses of `system.loss` with "loss" = teacher-forced loss + sigma * "student"; "teacher" is the first alone.
 
-    "student" is the mean cross-entropy of the second pass, "agreement" how often its likeliest codes are those of the
-    first. Each pass drops conditions by numbers of its own. Gradients come through the logits of both passes, never
-    through tokens. Of a residual tokenizer the inputs are the sums of the predicted scales (Deviation: only models
-    without residuals are published).
+    "student" is the mean cross-entropy of a sub-token in the second pass, "agreement" how often its likeliest codes are
+    those of the first. Each pass drops conditions by numbers of its own. Gradients come through the logits of both
+    passes, never through tokens. Of a residual tokenizer the inputs are the sums of the predicted scales (Deviation:
+    only models without residuals are published).
     """
     lesson = system.lesson(batch, noise)
     if lesson.layout.K < 2 or lesson.tokens.shape[1] != lesson.layout.n:
@@ -58,7 +58,7 @@ def refine(system: Staged, batch: dict[str, Any], noise: Source, config: Refinem
     d = student(system, predicted, system.transformer.conditioner(lesson.cond, null), lesson.layout, scales)
     seen = predicted[:, d.where[0].to(predicted.device)]
     target = seen if config.target == "teacher" else lesson.tokens[:, d.where[0].to(predicted.device)]
-    loss = -d.log_prob(target).mean()
+    loss = -d.log_prob(target).mean() / target.shape[-1]
     agreement = (d.logits.detach().argmax(-1) == seen).float().mean()
     teacher = lesson.losses["loss"]
     own = {"teacher": teacher.detach(), "student": loss.detach(), "agreement": agreement}
