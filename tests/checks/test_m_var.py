@@ -17,7 +17,7 @@ def brief() -> Trained:
     """Two updates of each stage on 96 digits; then strong random weights, so that much can break."""
     whole, steps = digits(), []
     data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
-    trained = m_var.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2), data)
+    trained = m_var.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2, batch=4), data)
     assert len(steps) == 6
     torch.manual_seed(0)
     for system in (trained.system, trained.without):

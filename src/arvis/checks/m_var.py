@@ -49,10 +49,11 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """Updates of each stage."""
+    """Updates of each stage, and the digits of one of the transformers'."""
 
     tokenizer: int = 400
     transformer: int = 170
+    batch: int = 64
 
 
 def config() -> MVarConfig:
@@ -78,7 +79,7 @@ def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None
             _without_scan(system)
         pair.append(system)
         tokens = system.tokenizer.encode(data.images)
-        fit = FitConfig(steps=length.transformer, batch=64, lr=2e-3, schedule="constant", precision="float32")
+        fit = FitConfig(steps=length.transformer, batch=length.batch, lr=2e-3, schedule="constant", precision="float32")
         with _hidden(system):
             learn_tokens(system.transformer, system.loss, tokens, data, fit, on_step)
     return Trained(pair[0].eval(), pair[1].eval(), data)
