@@ -482,7 +482,7 @@ RESULTS = tuple(
 def keys(config: CodeConfig) -> dict[str, tuple[Key, ...]]:
     """The official names of every part, which are those of both models."""
     drafter, refiner = (module.keys(own) for module, own in config.models)
-    return {**drafter, "drafter": drafter["transformer"], "refiner": refiner["transformer"]}
+    return {"tokenizer": drafter["tokenizer"], "drafter": drafter["transformer"], "refiner": refiner["transformer"]}
 
 
 _TINY = (
