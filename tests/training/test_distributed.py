@@ -68,6 +68,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     assert any("down" in name for name in adapters)
     for shard in (False, True):
         assert _distance(adapters, _weights(tmp_path / f"lora-{shard}", 3)) < 1e-6
+        assert _distance(third, _weights(tmp_path / f"again-{shard}", 3)) < 1e-6
     for run in ("ddp", "fsdp"):
         files = sorted((tmp_path / run / "samples").iterdir())
         assert [file.name for file in files] == ["step-00000002.txt", "step-00000004.txt"]

@@ -30,7 +30,7 @@ from training import worker
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
-    clock = ("seconds", "images_per_second")
+    clock = ("seconds", "images_per_second", "peak_mb")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics.read(run)]
 
 
@@ -313,10 +313,31 @@ def test_the_run_folder_says_what_ran(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 4]
     assert [info.step for info in heard] == [1, 2, 3, 4] and heard[-1].eta_seconds == 0
     assert heard[-1].images_per_second > 0 and "images/s" in heard[-1].line
+    assert "tokens" not in heard[-1].line and "tokens_per_second" not in metrics.read(tmp_path)[0]
     assert result.metrics["loss"] == heard[-1].metrics["loss"]
     assert (tmp_path / "report.html").exists()
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         load_config(tmp_path / "nowhere")
+
+
+def test_speed_and_memory_are_told(tmp_path: Path) -> None:
+    """Tokens where an item has some; a peak that holds what was allocated on the way and never falls."""
+    module, plain, config = _linear(steps=6, log_every=1)
+    heard: list[StepInfo] = []
+
+    def loss(batch: dict[str, Any], noise: Noise) -> dict[str, Tensor]:
+        if batch["step"] == 3:
+            torch.ones(1024, 1024, 300).sum()  # 1.26 GB for a moment
+        return plain(batch, noise)
+
+    result = fit(module, loss, worker.data, config, tmp_path, on_step=heard.append, tokens=9)
+    rows = metrics.read(tmp_path)
+    assert all(row["tokens_per_second"] == pytest.approx(9 * row["images_per_second"]) for row in rows)
+    assert "tokens/s" in heard[-1].line and f"{heard[-1].peak_mb:.0f} MB" in heard[-1].line
+    peaks = [row["peak_mb"] for row in rows]
+    assert peaks == sorted(peaks) and peaks[-1] > 1258 and result.peak_mb >= peaks[-1]
+    page = (tmp_path / "report.html").read_text()
+    assert "peak memory" in page and "tokens per second" in page and "<figcaption>peak_mb" not in page
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,28 @@ from arvis.training.fit import FitConfig, FitResult, fit
 from arvis.training.optimizers import Part
 
 
+class Layers(nn.Module):
+    """Layers one after another, in a list as blocks are."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(layers)
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return self.blocks[i]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.blocks:
+            x = layer(x)
+        return x
+
+
 class Toy(nn.Module):
     """A denoiser and its critic; `dropout` draws from torch's own generator, `seen` is a buffer that moves."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 33), nn.GELU(), nn.Dropout(dropout), nn.Linear(33, 6))
+        self.layers = Layers(nn.Linear(6, 33), nn.GELU(), nn.Dropout(dropout), nn.Linear(33, 6))
         self.scale = nn.Parameter(torch.ones(1))
         self.critic = nn.Linear(6, 1)
         self.register_buffer("seen", torch.zeros(()))
@@ -48,7 +64,7 @@ def data(step: int) -> dict[str, Any]:
     return {"image": torch.randn(8, 6, generator=generator), "prompt": [str(i) for i in range(8)]}
 
 
-def config(steps: int, shard: bool = False) -> FitConfig:
+def config(steps: int, shard: bool = False, again: bool = False) -> FitConfig:
     """Settings that use every stateful feature."""
     critic = Part(names=("critic.",), loss="loss_critic", lr=1e-2)
     return FitConfig(
@@ -62,6 +78,7 @@ def config(steps: int, shard: bool = False) -> FitConfig:
         parts=(critic,),
         precision="float32",
         shard=shard,
+        activation_checkpointing=again,
         save_every=7,
         sample_every=2,
         log_every=3,
@@ -75,9 +92,16 @@ def toy(dropout: float = 0.1) -> Toy:
 
 
 def train(
-    run: Path, steps: int, resume: bool = False, shard: bool = False, dropout: float = 0.1, rank: int = 0
+    run: Path,
+    steps: int,
+    resume: bool = False,
+    shard: bool = False,
+    dropout: float = 0.1,
+    rank: int = 0,
+    again: bool = False,
 ) -> FitResult:
-    """Train the toy, on one thread; with `rank` its layers are frozen and adapters are trained."""
+    """Train the toy, on one thread; with `rank` its layers are frozen and adapters are trained; with `again` they run
+    again in the backward pass."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -90,8 +114,8 @@ def train(
             values = module.layers(torch.linspace(-1, 1, 6)) * module.scale
             (folder / f"step-{step:08d}.txt").write_text(" ".join(str(v) for v in values.tolist()))
 
-        blocks = lambda m: [m.layers[0], m.layers[3]]  # noqa: E731
-        settings = config(steps, shard)
+        blocks = lambda m: [m.layers] if again else [m.layers[0], m.layers[3]]  # noqa: E731
+        settings = config(steps, shard, again)
         return fit(module, module.loss, data, settings, run, resume=resume, sample=sample, blocks=blocks)
     finally:
         torch.set_num_threads(threads)
@@ -99,7 +123,7 @@ def train(
 
 def together(folder: Path) -> None:
     """What every rank of two does: three updates by DDP; by FSDP2, resumed to five; FSDP2 from an unsharded start;
-    adapters by both."""
+    adapters and activation checkpointing by both."""
     train(folder / "ddp", 3, dropout=0.0)
     train(folder / "fsdp", 3, shard=True, dropout=0.0)
     if distributed.init().first:
@@ -109,6 +133,7 @@ def together(folder: Path) -> None:
     train(folder / "ddp", 5, resume=True, shard=True, dropout=0.0)
     for shard in (False, True):
         train(folder / f"lora-{shard}", 3, shard=shard, dropout=0.0, rank=2)
+        train(folder / f"again-{shard}", 3, shard=shard, dropout=0.0, again=True)
 
 
 if __name__ == "__main__":

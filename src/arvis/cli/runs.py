@@ -251,7 +251,8 @@ def _end(result: Any, run: Path) -> None:
 def _line(result: Any) -> str:
     """How a run ended, with its last measures."""
     again = "" if result.stopped == "done" else "; --resume goes on"
-    return f"{result.stopped} at step {result.step} of {result.steps}{again}: {_measures(result.metrics)}"
+    done = f"{result.stopped} at step {result.step} of {result.steps}{again}"
+    return f"{done}: {_measures(result.metrics)}, peak {result.peak_mb:.0f} MB"
 
 
 def _measures(metrics: Any) -> str:

@@ -91,6 +91,7 @@ def train(
             "pictures": dict(request.pictures),
         },
         blocks=stage.blocks,
+        tokens=stage.tokens,
     )
     del stage, shown
     if ranks.first:

@@ -65,6 +65,8 @@ class TokenizerStage(nn.Module):
         """The whole system; only its tokenizer is part of this module."""
         return self._system[0]
 
+    tokens = 0
+
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         return [self.tokenizer.encoder, self.tokenizer.decoder]
 
@@ -102,6 +104,12 @@ class GeneratorStage(nn.Module):
         if classes := getattr(batches.dataset, "classes", ()):  # the last label of the data, before the first step
             system.prepare({"prompt": [""], "class_labels": [len(classes) - 1]})
         self._measured = _measured(batches.dataset, heldout)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture, of the levels that are learned."""
+        sizes = self.system.tokenizer.layout().sizes
+        return sum(sizes[: self._more.get("levels", len(sizes))])
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         return [part for name, part in self.system.parts().items() if name != "tokenizer"]

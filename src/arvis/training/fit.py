@@ -31,13 +31,14 @@ from arvis.training import (
     metrics,
     optimizers,
     precision,
+    recompute,
     report,
     schedule,
 )
 from arvis.training.fit_config import FitConfig
 from arvis.training.interrupt import Interrupt
 from arvis.training.optimizers import Part
-from arvis.training.progress import OnStep, Speed, StepInfo
+from arvis.training.progress import OnStep, Speed, StepInfo, peak_mb
 
 _log = logging.getLogger("arvis")
 
@@ -47,7 +48,8 @@ Sample = Callable[[int, Path], Mapping[str, float] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """How a run ended: `step` updates of `steps` are done and saved in `checkpoint`; `stopped` says why."""
+    """How a run ended: `step` updates of `steps` are done and saved in `checkpoint`; `stopped` says why. `peak_mb` is
+    the most memory that this process took, on its device if that is a GPU."""
 
     run: Path
     step: int
@@ -55,6 +57,7 @@ class FitResult:
     stopped: Literal["done", "time", "interrupted"]
     metrics: dict[str, float]
     seconds: float
+    peak_mb: float
     checkpoint: Path
 
 
@@ -74,6 +77,7 @@ def fit(
     on_step: OnStep | None = None,
     blocks: distributed.Blocks | None = None,
     settings: Mapping[str, Any] | None = None,
+    tokens: int = 0,
 ) -> FitResult:
     """Train `module`, on the device where it lies, and keep the run in the folder `run`.
 
@@ -82,8 +86,9 @@ def fit(
     minimised, those named by `config.parts` by their own optimisers, the others are logged. Parameters with
     `requires_grad` False are left alone, and submodules made only of such run in eval mode. `sample(step, folder)` is
     called in eval mode with the averaged weights, to write pictures; scalars that it returns are logged.
-    `blocks(module)` are the submodules to compile and to shard one by one. `settings` is plain data for config.json
-    (system, data).
+    `blocks(module)` are the submodules to compile, to shard one by one, and whose lists of modules activation
+    checkpointing runs again. `settings` is plain data for config.json (system, data). `tokens` is how many an item has,
+    where the speed is to be told in tokens, too.
 
     Under torchrun every process calls this with the same arguments; rank 0 writes, samples and calls `on_step`. With
     `shard` all ranks sample, in step, and only rank 0's pictures are kept.
@@ -91,7 +96,7 @@ def fit(
     Raises FileExistsError where `run` holds a training run and `resume` is False, TrainingError for a loss that is
     not finite (the weights before it are saved), CheckpointError for a full disk or unreadable checkpoints.
     """
-    return _Run(module, loss, config, Path(run), resume, sample, on_step, blocks, settings or {}).go(data)
+    return _Run(module, loss, config, Path(run), resume, sample, on_step, blocks, settings or {}, tokens).go(data)
 
 
 class _Run:
@@ -106,14 +111,17 @@ class _Run:
         on_step: OnStep | None,
         blocks: distributed.Blocks | None,
         settings: Mapping[str, Any],
+        tokens: int,
     ) -> None:
-        self.module, self.config, self.run = module, config, run
+        self.module, self.config, self.run, self.tokens = module, config, run, tokens
         self.sample, self.on_step = sample, on_step
         self.device = next(module.parameters()).device
         self.ranks = distributed.init(self.device.type)
         self.sharded = config.shard and self.ranks.world > 1
         self.precision = self.ranks.share(precision.pick(self.device, config.precision))
         _training_mode(module)
+        again = config.activation_checkpointing
+        self.recompute = recompute.recomputed(blocks(module) if blocks else ()) if again else contextlib.nullcontext()
         if config.compile:
             loss = compiled.compiled(loss, blocks(module) if blocks else (), self.device)
         self.loss = distributed.wrap(module, loss, self.ranks, config.shard, blocks)
@@ -177,7 +185,14 @@ class _Run:
         """Train until the last step, the end of the time, or an interrupt."""
         config, speed = self.config, Speed()
         devices = [self.device] if self.device.type == "cuda" else []
-        with batches.Ahead(data, config.steps) as ahead, torch.random.fork_rng(devices), self.interrupt:
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        with (
+            batches.Ahead(data, config.steps) as ahead,
+            torch.random.fork_rng(devices),
+            self.recompute,
+            self.interrupt,
+        ):
             try:
                 while self.step < config.steps and self.ending is None:
                     begun = time.perf_counter()
@@ -197,6 +212,7 @@ class _Run:
             stopped="done" if self.step >= config.steps else self.ending or "done",
             metrics=self.last,
             seconds=time.monotonic() - self.started,
+            peak_mb=peak_mb(self.device),
             checkpoint=self.saved[1],
         )
 
@@ -279,12 +295,15 @@ class _Run:
     def _after(self, speed: Speed) -> None:
         """What follows an update: metrics, checkpoint, samples, the listener."""
         config, step = self.config, self.step
-        per_second = speed.per_second
+        images = speed.per_second * config.batch
         if step % config.log_every == 0 or step in (1, config.steps):
             means = self.window.mean()
             if not self.best or means["loss"] < self.best["loss"]:
                 self.best = {"loss": means["loss"], "step": step}
-            extra = {"lr": self.last["lr"], "images_per_second": per_second * config.batch}
+            extra = {"lr": self.last["lr"], "images_per_second": images}
+            if self.tokens:
+                extra["tokens_per_second"] = images * self.tokens
+            extra["peak_mb"] = peak_mb(self.device)
             if self.ranks.first:
                 metrics.append(self.run, {"step": step, **means, **extra, "seconds": self._seconds()})
         if self.due or (config.save_every and step % config.save_every == 0):
@@ -292,7 +311,7 @@ class _Run:
         if self.sample is not None and config.sample_every and step % config.sample_every == 0:
             self._sample(self.sample)
         if self.on_step is not None and self.ranks.first:
-            left = (config.steps - step) / max(per_second, 1e-9)
+            left = (config.steps - step) / max(speed.per_second, 1e-9)
             if config.minutes is not None:
                 left = min(left, max(60 * config.minutes - (time.monotonic() - self.started), 0.0))
             info = StepInfo(
@@ -300,7 +319,9 @@ class _Run:
                 steps=config.steps,
                 batch=config.batch,
                 metrics=self.last,
-                images_per_second=per_second * config.batch,
+                images_per_second=images,
+                tokens_per_second=images * self.tokens,
+                peak_mb=peak_mb(self.device),
                 eta_seconds=left,
             )
             self.on_step(info)

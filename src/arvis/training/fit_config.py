@@ -22,6 +22,8 @@ class FitConfig:
     stops this call early (and saves): the schedule stays a function of the step. `parts` are further optimisers.
     Matrices whose names hold a fragment of `muon` are updated by Muon instead of AdamW.
     `shard` splits the parameters over torchrun's processes (FSDP2) instead of copying them (DDP).
+    `activation_checkpointing` keeps only the inputs of blocks and runs these again in the backward pass: less memory,
+    the same gradients.
     """
 
     steps: int
@@ -42,6 +44,7 @@ class FitConfig:
     seed: int = 0
     precision: precision.Choice = "auto"
     compile: bool = False
+    activation_checkpointing: bool = False
     shard: bool = False
     save_every: int = 0
     save_minutes: float = 10.0

@@ -102,13 +102,19 @@ def _facts(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
         return "<p>No metrics yet.</p>"
     last, steps = rows[-1], config.get("fit", {}).get("steps", 0)
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    speeds = sorted(row["images_per_second"] for row in rows if row.get("images_per_second"))
+    speeds = {
+        what: sorted(row[f"{what}_per_second"] for row in rows if row.get(f"{what}_per_second"))
+        for what in ("images", "tokens")
+    }
+    peak = max((row["peak_mb"] for row in rows if row.get("peak_mb")), default=0.0)
     hours = max(row.get("seconds", 0.0) for row in rows) / 3600
     facts = {
         "step": f"{last['step']:,} of {steps:,}",
         "loss": chart.short(losses[-1]) if losses else "none",
         "best loss": chart.short(min(losses)) if losses else "none",
-        "images per second": chart.short(speeds[len(speeds) // 2]) if speeds else "none",
+        "images per second": "none",
+        **{f"{what} per second": chart.short(found[len(found) // 2]) for what, found in speeds.items() if found},
+        **({"peak memory": f"{peak:,.0f} MB"} if peak else {}),
         "training time": f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min",
     }
     cards = "".join(f"<div><span>{name}</span><b>{escape(value)}</b></div>" for name, value in facts.items())
@@ -116,7 +122,7 @@ def _facts(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
-    hidden = {"step", "seconds"}
+    hidden = {"step", "seconds", "tokens_per_second", "peak_mb"}  # facts, not curves
     names = dict.fromkeys(name for row in rows for name in row if name not in hidden)
     figures = []
     for name in sorted(names, key=_rank):
