@@ -474,6 +474,22 @@ def test_flips_are_as_many_as_drawn_and_labels_follow_them():
     assert torch.equal(alone[0], labels[5:6]), "an item's flips are its own"
 
 
+def test_padding_of_captions_costs_nothing_in_training(monkeypatch):
+    """A batch is cut to its longest caption; loss and gradients are those of the whole rows, dropped items included."""
+    system, given, widths, results = made(label_drop=0.5), batch(), [], []
+    given["text_visible"] = torch.arange(5) < torch.tensor([2, 3, 1])[:, None]
+    system.transformer.conditioner.path.register_forward_hook(lambda m, x, c: widths.append(c.context[0].shape[1]))
+    for cut in (True, False):
+        if not cut:
+            monkeypatch.setattr("arvis.systems.infinity.longest", lambda cond: cond)
+        system.zero_grad()
+        loss = system.loss(given, Noise.of(0, 3))["loss"]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in system.transformer.parameters() if p.grad is not None)])
+    assert widths == [3, 5]
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*results, strict=True))
+
+
 @torch.no_grad()
 def test_dropped_conditions_are_not_read():
     system, given = made(label_drop=1.0), batch()

@@ -133,6 +133,24 @@ def test_a_caption_without_words_and_right_padding_are_no_special_cases(captions
     assert torch.allclose(d.logits[:, 0, 0], one_pass[:, 3], atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [(2, 3, 1), (0, 0, 0), (2, 2, 2)])
+def test_rows_that_are_padding_in_every_item_are_not_computed(lengths):
+    """Beside a caption of full length the same items have all rows: hidden rows and gradients are the same."""
+    s, tokens, rows, results = system("caption"), drawn(), [], []
+    weight = Noise.of(6, ITEMS).normal("weight", 0, (6, 16))
+    s.transformer.trunk.register_forward_pre_hook(lambda m, given: rows.append(given[0].shape[1]))
+    for more in ((), (TEXT,)):
+        items = [*range(ITEMS), *(0 for _ in more)]
+        cond = captioned(s, (*lengths, *more))
+        prefix = s.transformer.conditioner(cond, torch.tensor([False, True, False, False])[: len(items)])
+        s.zero_grad()
+        h = s.hidden(tokens[items], prefix, Layout(((2, 3),)))[:ITEMS]
+        (h * weight).sum().backward()
+        results.append([h.detach(), *(p.grad for p in s.transformer.parameters() if p.grad is not None)])
+    assert rows == [max(1, *lengths) + 5, TEXT + 5]
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(*results, strict=True))
+
+
 @torch.no_grad()
 def test_the_null_half_has_the_padding_of_its_caption(captions):
     cond, tokens = captioned(captions), drawn()

@@ -268,16 +268,23 @@ class NextToken(nn.Module):
         return Categorical(torch.arange(h.shape[1])[None], self.transformer.head(h)[:, :, None])
 
     def hidden(self, tokens: Tensor, prefix: Prefix, layout: Layout) -> Tensor:
-        """The hidden rows [B, N, D] that predict the tokens [B, N, 1], all in one pass; the last token is not read."""
-        x = torch.cat((prefix.rows, self.transformer.embedding(tokens[:, :-1, 0])), 1)
-        if prefix.visible is None:
-            mask = _causal(self.see, self._lead, layout.n)
+        """The hidden rows [B, N, D] that predict the tokens [B, N, 1], all in one pass; the last token is not read.
+
+        Leading rows of the prefix that are padding in every item are left out: nothing sees them."""
+        (lead_rows, visible), spare = prefix, 0
+        if visible is not None:
+            spare = min(int((~visible).all(0).long().cumprod(0).sum()), self._lead - 1)
+            lead_rows, visible = lead_rows[:, spare:], visible[:, spare:]
+        lead = self._lead - spare
+        x = torch.cat((lead_rows, self.transformer.embedding(tokens[:, :-1, 0])), 1)
+        if visible is None or bool(visible.all()):
+            mask = _causal(self.see, lead, layout.n)
         else:
-            step = torch.arange(1 - self._lead, layout.n, dtype=torch.int32, device=x.device)[None]
-            rows = Rows(step, F.pad(lone_tags(~prefix.visible), (0, layout.n - 1)))
+            step = torch.arange(1 - lead, layout.n, dtype=torch.int32, device=x.device)[None]
+            rows = Rows(step, F.pad(lone_tags(~visible), (0, layout.n - 1)))
             mask = render(self.see, rows, rows)
-        h = self.transformer(x, Call(mask=mask, table=self.transformer.table(layout)[:, :-1]))
-        return h[:, self._lead - 1 :]
+        h = self.transformer(x, Call(mask=mask, table=self.transformer.table(layout)[:, spare:-1]))
+        return h[:, lead - 1 :]
 
     def loss(self, batch: dict[str, Any], noise: Source) -> dict[str, Tensor]:
         """Mean cross-entropy of the tokens in nats; conditions are dropped with probability `drop`.

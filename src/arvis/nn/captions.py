@@ -50,6 +50,18 @@ def null_rows(length: int, channels: int) -> Tensor:
     return rows / channels**0.5
 
 
+def longest(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch whose "text", where it says what of it is "visible", is as long as the longest text.
+
+    Nothing reads padding, so what a model makes of the batch is the same; it cannot be joined with others any more.
+    """
+    if "visible" not in cond:
+        return cond
+    some = cond["visible"].any(0).nonzero()
+    count = int(some[-1]) + 1 if len(some) else 1
+    return {**cond, "text": cond["text"][:, :count], "visible": cond["visible"][:, :count]}
+
+
 class CaptionConditioner(nn.Module):
     """Prompts as features of a frozen encoder; "no prompt" has learned ones, cut to the length of the item's prompt.
 

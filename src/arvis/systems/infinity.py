@@ -32,7 +32,7 @@ from arvis.nn.adaln import (
     SharedModulation,
 )
 from arvis.nn.cache import Cache
-from arvis.nn.captions import CaptionConditioner, CaptionConfig, WordConditioner, null_rows
+from arvis.nn.captions import CaptionConditioner, CaptionConfig, WordConditioner, longest, null_rows
 from arvis.nn.plain import PlainHead
 from arvis.nn.rotary_scales import RotaryScaleTransformer, Style, Tap
 from arvis.nn.scales import Condition, stacked, unstacked
@@ -302,7 +302,7 @@ class Infinity(nn.Module):
     def _step(self, batch: dict[str, Any], noise: Source, strength: float) -> Lesson:
         labels, x, layout = self._targets(batch, noise, strength)
         last = min(batch.get("levels") or layout.K, layout.K)
-        n, cond = layout.offsets[last], self.prepare(batch)
+        n, cond = layout.offsets[last], longest(self.prepare(batch))
         null = noise.uniform("drop", 0, ()).to(labels.device) < self.label_drop
         c = self.transformer.conditioner(cond, null)
         labels, d = labels[:, :n], self.one_pass(x[:, : n - layout.sizes[0]], c, layout, range(1, last), self.see)
