@@ -63,7 +63,7 @@ check: $(STAMP) ## the laptop-scale claim of every system, or of SYSTEM=name (lo
 	@set -e; for system in $(or $(SYSTEM),$$($(BIN)/python -c 'import arvis; print(*arvis.list_systems())')); do \
 		echo "==> arvis check $$system"; $(BIN)/arvis check $$system; done
 
-bench: $(STAMP) ## speed on this machine; with OFFICIAL=folder of official checkouts (VAR, LlamaGen, mar), against them
+bench: $(STAMP) ## speed on this machine; with OFFICIAL=folder of official checkouts (VAR, LlamaGen, mar, Infinity), against them
 	@set -e; if [ -z "$(OFFICIAL)" ]; then \
 		for system in brush var-d16 llamagen-b-256; do $(BIN)/arvis bench $$system; done; \
 	else \

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peak PRESET BATCH DTYPE`: the most memory of a generation, as JSON in megabytes.
+"""`python -m benchmarks.peak PAIR BATCH DTYPE`: the most memory of a generation of ours, as JSON in megabytes.
 
 "peak" is the most resident memory while pictures are made, less that of the process before anything was built; "kept"
 are the bytes of weights and caches. Linux.
@@ -21,6 +21,7 @@ from arvis import systems
 from arvis.nn.packed import Packed, pack
 from arvis.noise import Noise
 from arvis.walk import walk
+from benchmarks.pairs import named
 
 
 def status(name: str) -> int:
@@ -36,9 +37,8 @@ def weight_bytes(module: nn.Module) -> int:
 
 @torch.inference_mode()
 def once(system: Any, batch: int, settings: dict[str, Any]) -> int:
-    """Generate and decode a batch; returns the bytes of the caches."""
-    request = {"class_labels": [0] * batch, "prompt": ["a red apple"] * batch}
-    s = system.start(system.prepare(request), replace(system.Sampling(), **settings), Noise.of(0, batch))
+    """Generate and decode a batch under the null condition, which takes as much; returns the bytes of the caches."""
+    s = system.start(None, replace(system.Sampling(), **settings), Noise.of(0, batch))
     for _ in walk(system, s):
         pass
     held = sum(x.numel() * x.element_size() for c in s.cache.values() for x in (*c.k.values(), *c.v.values()))
@@ -49,16 +49,16 @@ def once(system: Any, batch: int, settings: dict[str, Any]) -> int:
 def main() -> None:
     name, batch, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
     before = status("VmRSS")
-    slug, _, preset = systems.preset(name)
-    system = systems.system(slug).build(preset.config()).eval()
+    slug, config, settings = named(name).generation()
+    system = systems.system(slug).build(config).eval()
     del system.tokenizer.encoder  # it does not paint
     pack(system)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        held = once(system, batch, preset.sampling)
+        held = once(system, batch, settings)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        once(system, batch, preset.sampling)
+        once(system, batch, settings)
     kept = weight_bytes(system) + held
     print(json.dumps({"peak": (status("VmHWM") - before) / 1e3, "kept": kept / 1e6}))
 

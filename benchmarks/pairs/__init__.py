@@ -15,13 +15,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from arvis import systems
+from arvis.noise import Noise
 
 Run = Callable[[int], Tensor]
 """Run a batch of so many pictures; returns what is compared (tokens, latents, logits, pixels)."""
@@ -40,15 +44,60 @@ class Pair:
     """What is compared, and how much of it must agree before a time counts.
 
     `make(folder, dtype)` builds both sides. `agreement` in [0, 1] is compared with `least` by number format.
-    `preset` and `settings` say what is counted for the floor; "" where nothing is.
+    A `preset`, what is `changed` in its configuration, and `settings` say what is counted for the floor and for memory;
+    nothing where it is "".
     """
 
     make: Callable[[Path, torch.dtype], Sides]
     batches: tuple[int, ...]
     preset: str = ""
+    changed: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     agreement: Callable[[Tensor, Tensor], float]
     least: dict[torch.dtype, float]
+
+    def generation(self) -> tuple[str, Any, dict[str, Any]]:
+        """What is counted and measured: a system, its configuration, its sampling settings."""
+        slug, _, preset = systems.preset(self.preset)
+        return slug, replace(preset.config(), **self.changed), {**preset.sampling, **self.settings}
+
+
+def known() -> dict[str, str]:
+    """Names of pairs, and the files they are in."""
+    files = [file.stem for file in sorted(Path(__file__).parent.glob("*.py")) if not file.stem.startswith("_")]
+    return {name: stem for stem in files for name in import_module(f"benchmarks.pairs.{stem}").PAIRS}
+
+
+def named(name: str) -> Pair:
+    """A pair by its name."""
+    return import_module(f"benchmarks.pairs.{known()[name]}").PAIRS[name]
+
+
+def inference(dtype: torch.dtype, *, ours: Run, official: Run) -> Sides:
+    """Two sides without gradients, under the autocast of a number format."""
+
+    def within(run: Run) -> Run:
+        @torch.inference_mode()
+        def same(batch: int) -> Tensor:
+            with autocast(dtype):
+                return run(batch)
+
+        return same
+
+    return Sides(ours=within(ours), official=within(official))
+
+
+def updated(loss: Tensor, module: nn.Module, layer: nn.Linear) -> Tensor:
+    """The loss and a slice of the gradient of a layer, after one pass back."""
+    module.zero_grad()
+    loss.backward()
+    assert layer.weight.grad is not None
+    return torch.cat((loss.detach().view(1), layer.weight.grad[:4].flatten()))
+
+
+def ids(batch: int, n: int, codes: int) -> Tensor:
+    """Random tokens [B, n, 1] below `codes`."""
+    return (Noise.of(1, batch).uniform("ids", 0, (n, 1)) * codes).long()
 
 
 def pictures(batch: int, size: int = 256) -> Tensor:
@@ -65,6 +114,23 @@ def equal_share(a: Tensor, b: Tensor) -> float:
 def closeness(a: Tensor, b: Tensor) -> float:
     """1 minus the root mean square difference over the deviation of b."""
     return 1 - float((a.float() - b.float()).pow(2).mean().sqrt() / b.float().std())
+
+
+def same_update(a: Tensor, b: Tensor) -> float:
+    """The closeness of two updates by `updated`: of their losses or of their gradients, whichever is less."""
+    return min(1 - float((a[0] - b[0]).abs() / b[0].abs()), closeness(a[1:], b[1:]))
+
+
+def near_pixels(a: Tensor, b: Tensor) -> float:
+    """The part of pixels in [0, 1] within 1/50."""
+    return float(((a - b).abs() < 0.02).float().mean())
+
+
+EXACT = {torch.float32: 0.99, torch.bfloat16: 0.0}
+"""Greedy paths part for good at the first near tie, so rounded ones are only told apart, not required to agree."""
+
+CLOSE = {torch.float32: 0.99, torch.bfloat16: 0.9}
+"""What is computed in one pass, without draws."""
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:

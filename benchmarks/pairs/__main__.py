@@ -26,21 +26,15 @@ from typing import Any
 
 import torch
 
-from arvis import cost, systems
+from arvis import cost
 from arvis.loading import empty
 from arvis.training.checkpoint import write_text
-from benchmarks.pairs import Pair, Run
+from benchmarks.pairs import Run, known, named
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "pairs.json"
 PAGE = HERE.parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- pairs -->", "<!-- end of pairs -->"
-
-
-def known() -> dict[str, str]:
-    """Names of pairs, and the files they are in."""
-    files = [file.stem for file in sorted(HERE.glob("*.py")) if not file.stem.startswith("_")]
-    return {name: stem for stem in files for name in import_module(f"benchmarks.pairs.{stem}").PAIRS}
 
 
 def seconds(run: Run, batch: int) -> float:
@@ -50,19 +44,17 @@ def seconds(run: Run, batch: int) -> float:
 
 
 @cache
-def counted(preset: str, settings: tuple[tuple[str, Any], ...], batch: int) -> cost.Cost:
-    """The work of a batch in float32."""
-    slug, _, found = systems.preset(preset)
-    system = empty(slug, found.config()).eval()
-    return cost.count(system, replace(system.Sampling(), **{**found.sampling, **dict(settings)}), batch)
+def counted(name: str, batch: int) -> cost.Cost:
+    """The work of a batch of a pair in float32."""
+    slug, config, settings = named(name).generation()
+    system = empty(slug, config).eval()
+    return cost.count(system, replace(system.Sampling(), **settings), batch)
 
 
-def floor(pair: Pair, batch: int, dtype: torch.dtype) -> float | None:
+def floor(name: str, batch: int, dtype: torch.dtype) -> float:
     """The least seconds in which this machine could do the counted work; narrower numbers are fewer bytes."""
-    if not pair.preset:
-        return None
     machine, narrower = cost.measure(dtype), dtype.itemsize / torch.float32.itemsize
-    phases = counted(pair.preset, tuple(pair.settings.items()), batch).phases.values()
+    phases = counted(name, batch).phases.values()
     return sum(cost.Work((flops, moved * narrower) for flops, moved in work).floor(machine) for work in phases)
 
 
@@ -72,8 +64,9 @@ def peak(name: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def rows(name: str, pair: Pair, folder: Path, batches: list[int], dtype: torch.dtype, repeats: int) -> list[Any]:
-    sides, out = pair.make(folder, dtype), []
+def rows(name: str, folder: Path, batches: list[int], dtype: torch.dtype, repeats: int) -> list[Any]:
+    pair, out = named(name), []
+    sides = pair.make(folder, dtype)
     for batch in batches:
         agreement = pair.agreement(sides.ours(batch), sides.official(batch))  # the first run of each, not timed
         if agreement < pair.least[dtype]:
@@ -93,10 +86,10 @@ def rows(name: str, pair: Pair, folder: Path, batches: list[int], dtype: torch.d
             "date": date.today().isoformat(),
             "versions": {"torch": torch.__version__, "commit": commit()},
         }
-        least = floor(pair, batch, dtype)
-        if least is not None:
+        if pair.preset:
+            least = floor(name, batch, dtype)
             row |= {"floor_s": round(least, 4), "floor_share": round(least / ours, 3)}
-            row |= {f"{key}_mb": round(value) for key, value in peak(pair.preset, batch, dtype).items()}
+            row |= {f"{key}_mb": round(value) for key, value in peak(name, batch, dtype).items()}
         print(json.dumps(row), flush=True)
         out.append(row)
     return out
@@ -171,13 +164,11 @@ def main() -> None:
     if not given.table:
         if given.name not in known() or given.official is None:
             parser.error(f"give one of {', '.join(known())} and --official DIR")
-        pair: Pair = import_module(f"benchmarks.pairs.{known()[given.name]}").PAIRS[given.name]
         for precision in given.precision:
             fresh = rows(
                 given.name,
-                pair,
                 checkout(given.name, given.official),
-                given.batch or list(pair.batches),
+                given.batch or list(named(given.name).batches),
                 getattr(torch, precision),
                 given.repeats,
             )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,10 +16,24 @@ from torch import Tensor, nn
 from arvis import systems
 from arvis.nn.packed import pack
 from arvis.noise import Source
-from arvis.systems.mar import build, keys
+from arvis.systems.mar import MAR, build, hidden_count, keys
 from arvis.walk import finish, generate
 from arvis.weights import load_official
-from benchmarks.pairs import Pair, Sides, autocast, closeness, on_path, randomise, stand_in, without_initialisation
+from benchmarks.pairs import (
+    CLOSE,
+    Pair,
+    Sides,
+    autocast,
+    closeness,
+    inference,
+    on_path,
+    pictures,
+    randomise,
+    same_update,
+    stand_in,
+    updated,
+    without_initialisation,
+)
 
 CHECKOUT = "mar"
 LABEL, SCALE = 207, 2.9
@@ -75,8 +92,20 @@ class Zero:
         return Zero(len(rows))
 
 
-def make(steps: int, folder: Path, dtype: torch.dtype) -> Sides:
-    """Without noise on both sides, where the latents can be compared; the official code asks for a GPU by name."""
+@contextmanager
+def still() -> Iterator[None]:
+    """torch's normal numbers are zeros."""
+    randn, randn_like = torch.randn, torch.randn_like
+    torch.randn, torch.randn_like = lambda *shape, **more: torch.zeros(*shape), lambda x, **more: torch.zeros_like(x)
+    try:
+        yield
+    finally:
+        torch.randn, torch.randn_like = randn, randn_like
+
+
+def both(folder: Path) -> tuple[MAR, Any, Any]:
+    """Our system, and the official transformer and tokenizer, with the same random weights, without dropout; the
+    official code asks for a GPU by name."""
     on_path(folder)
     without_initialisation()
     stand_in("timm")
@@ -87,44 +116,98 @@ def make(steps: int, folder: Path, dtype: torch.dtype) -> Sides:
     from models.vae import AutoencoderKL  # pyright: ignore
 
     config = systems.preset("mar-b")[2].config()
-    mar = mar_base(diffloss_d=6, diffloss_w=1024).eval()
+    config = replace(config, attn_dropout=0.0, proj_dropout=0.0, label_drop=0.0)
+    mar = mar_base(diffloss_d=6, diffloss_w=1024, label_drop_prob=0.0).eval()
     vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4)).eval()
-    for part in (mar, vae):
-        randomise(part)
     system = build(config).eval()
     for name, part in (("tokenizer", vae), ("transformer", mar)):
+        randomise(part)
         load_official(system.parts()[name], keys(config)[name], part.state_dict())
+    # an official order is drawn from its end: what stands first stays masked longest
+    mar.sample_orders = lambda bsz: torch.arange(mar.seq_len).flip(0).expand(bsz, -1).clone()
+    return system, mar, vae
+
+
+def painting(steps: int, folder: Path, dtype: torch.dtype) -> Sides:
+    """Without noise on both sides, where pictures can be compared."""
+    system, mar, vae = both(folder)
     pack(system)
     sampling = replace(system.Sampling(), cfg_scale=SCALE, num_iter=steps, temperature=1.0)
-    # an official order is drawn from its end: what stands first stays masked longest
-    mar.sample_orders = lambda batch: torch.arange(mar.seq_len).flip(0).expand(batch, -1).clone()
 
-    @torch.inference_mode()
     def ours(batch: int) -> Tensor:
-        with autocast(dtype):
-            cond = system.prepare({"class_labels": [LABEL] * batch})
-            s = finish(generate(system, cond, sampling, Zero(batch)))
-            return system.tokenizer.decode(s.tokens, s.layout)
+        cond = system.prepare({"class_labels": [LABEL] * batch})
+        s = finish(generate(system, cond, sampling, Zero(batch)))
+        return system.tokenizer.decode(s.tokens, s.layout)
 
-    @torch.inference_mode()
     def official(batch: int) -> Tensor:
-        randn, randn_like = torch.randn, torch.randn_like
-        torch.randn = lambda *shape, **more: torch.zeros(*shape)
-        torch.randn_like = lambda x, **more: torch.zeros_like(x)
+        with still():
+            labels = torch.full((batch,), LABEL)
+            return vae.decode(mar.sample_tokens(batch, steps, SCALE, "linear", labels, temperature=1.0) / 0.2325)
+
+    return inference(dtype, ours=ours, official=official)
+
+
+def training(folder: Path, dtype: torch.dtype) -> Sides:
+    """One update's loss and gradients on latents, with the same tokens hidden and the same times on both sides, no
+    noise; the loss and a slice of a gradient are compared."""
+    system, mar, _ = both(folder)
+    system.train()
+    mar.train()
+    n, mul, config = mar.seq_len, mar.diffusion_batch_mul, system.config
+    hidden = hidden_count(n, float(Zero(1).uniform("share", 0, ())), config.mask_ratio_min)
+    mar.mask_ratio_generator = SimpleNamespace(rvs=lambda size: [hidden / n])
+    times = torch.zeros(mul, n, dtype=torch.int64)  # of a token that is seen: any, it counts for nothing
+    times[:, n - hidden :] = (Zero(1).uniform("time", 0, (mul, hidden))[0] * config.diffusion_steps).long()
+
+    def ours(batch: int) -> Tensor:
+        given = {"tokens": latents(batch), "class_labels": torch.arange(batch)}
+        with autocast(dtype):
+            loss = system.loss(given, Zero(batch))["loss"]
+        return updated(loss, system, system.transformer.encoder.embed)
+
+    def official(batch: int) -> Tensor:
+        randint, tokens = torch.randint, latents(batch)
+        torch.randint = lambda *given, **more: times[:, None].expand(-1, batch, -1).flatten()
         try:
-            with autocast(dtype):
-                labels = torch.full((batch,), LABEL)
-                latents = mar.sample_tokens(batch, steps, SCALE, "linear", labels, temperature=1.0)
-                return vae.decode(latents / 0.2325)
+            with still(), autocast(dtype):
+                loss = mar(mar.unpatchify(tokens), torch.arange(batch))
         finally:
-            torch.randn, torch.randn_like = randn, randn_like
+            torch.randint = randint
+        return updated(loss, mar, mar.z_proj)
 
     return Sides(ours=ours, official=official)
 
 
-def _pair(steps: int) -> Pair:
+def latents(batch: int) -> Tensor:
+    """Random tokens [B, 256, 16] of about unit deviation."""
+    return torch.randn(batch, 256, 16, generator=torch.Generator().manual_seed(3))
+
+
+def encoding(folder: Path, dtype: torch.dtype) -> Sides:
+    """Pictures to the means of their latents."""
+    system, mar, vae = both(folder)
+    pack(system)
+    return inference(
+        dtype,
+        ours=lambda batch: system.tokenizer.encode(pictures(batch)),
+        official=lambda batch: mar.patchify(vae.encode(pictures(batch)).mean * 0.2325),
+    )
+
+
+def decoding(folder: Path, dtype: torch.dtype) -> Sides:
+    """Latents to pictures."""
+    system, mar, vae = both(folder)
+    pack(system)
+    return inference(
+        dtype,
+        ours=lambda batch: system.tokenizer.decode(latents(batch)),
+        official=lambda batch: vae.decode(mar.unpatchify(latents(batch)) / 0.2325).clamp(-1, 1),
+    )
+
+
+def _painting(steps: int) -> Pair:
     return Pair(
-        make=lambda folder, dtype: make(steps, folder, dtype),
+        make=lambda folder, dtype: painting(steps, folder, dtype),
         batches=(1, 4),
         preset="mar-b",
         settings={"cfg_scale": SCALE, "num_iter": steps},
@@ -134,4 +217,10 @@ def _pair(steps: int) -> Pair:
     )
 
 
-PAIRS = {"mar-b, 64 steps": _pair(64), "mar-b, 16 steps": _pair(16)}
+PAIRS = {
+    "mar-b, 64 steps": _painting(64),
+    "mar-b, 16 steps": _painting(16),
+    "mar-b training": Pair(make=training, batches=(4,), agreement=same_update, least=CLOSE),
+    "mar encoding": Pair(make=encoding, batches=(4,), agreement=closeness, least=CLOSE),
+    "mar decoding": Pair(make=decoding, batches=(4,), agreement=closeness, least=CLOSE),
+}
