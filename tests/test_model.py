@@ -68,6 +68,15 @@ def test_stopping_cancels():
     assert first.k == 1 and len(first.pictures()) == 1
 
 
+def test_no_cache_is_kept_while_the_pictures_are_made(monkeypatch):
+    m, states = small("brush"), []
+    start = m.system.start
+    monkeypatch.setattr(m.system, "start", lambda *given: states.append(start(*given)) or states[-1])
+    for step in m.stream("red apple"):
+        assert bool(states[0].cache) == (not step.done)
+    assert len(step.pictures()) == 1
+
+
 def test_settings_are_those_of_the_model_then_of_the_request():
     m = small("brush")
     m.settings = {"cfg_scale": 3.0, "left over from another version": 1}

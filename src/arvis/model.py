@@ -232,6 +232,8 @@ class Model:
                     step = next(steps, None)
                 if step is None:
                     break
+                if step.k >= step.K:
+                    step.state.cache.clear()  # nothing reads it any more, and the pictures need room
                 last = told(step.k, step.K, step.preview, step.state.tokens)
                 yield last
             if last is None and pin is not None:  # everything was given

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from arvis.cost import Counting
 from arvis.tokenizers import CNNConfig, CNNDecoder, CNNEncoder, PatchConfig, PatchDecoder, PatchEncoder
 from arvis.tokenizers.cnn import Downsample, PixelAttention
 
@@ -26,6 +27,27 @@ def test_shapes_for_several_sizes_and_gradients_everywhere(encoder, decoder, con
     (decode(encode(torch.randn(2, 3, 16, 16))) - x.mean()).square().mean().backward()
     flat = [n for m in (encode, decode) for n, p in m.named_parameters() if p.grad is None or not p.grad.any()]
     assert flat == []
+
+
+@pytest.mark.parametrize("make", [CNNEncoder, CNNDecoder])
+def test_at_most_three_maps_of_a_picture_live_at_once(make):
+    """What goes in, what is read and what is made, of the full resolution; one picture after the other."""
+    with torch.device("meta"):
+        net = make(replace(CNN, ch_mult=(1, 1, 1), using_sa=False, using_mid_sa=False)).eval()
+        x = torch.empty(4, *((3, 64, 64) if make is CNNEncoder else (6, 16, 16)))
+    with torch.inference_mode(), Counting(4) as counting:
+        net(x)
+    assert counting.most < 3.5 * 32 * 64 * 64 * 4, "the half are the pictures, of three channels"
+
+
+@pytest.mark.parametrize("make", [CNNEncoder, CNNDecoder])
+def test_without_gradients_it_computes_the_same_and_leaves_its_input(make):
+    net = make(CNN).eval()
+    x = torch.randn(2, 3 if make is CNNEncoder else 6, 16, 16)
+    before, with_gradients = x.clone(), net(x)
+    with torch.no_grad():
+        assert torch.allclose(net(x), with_gradients, atol=1e-5)
+    assert torch.equal(x, before)
 
 
 def test_padding_of_the_stride_is_on_the_right_and_below():

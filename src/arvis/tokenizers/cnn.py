@@ -5,13 +5,17 @@ Attribute names are those of the published checkpoints, so that state dicts map 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arvis.nn.attention import attend
+
+# The maps of the full resolution are what a tokenizer's memory goes to, so that none is held longer than it is read.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,18 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(24 if channels % 32 else 32, channels, eps=1e-6)
 
 
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """silu(norm(x)), in place where no gradient needs what lies between."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def _one_by_one(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x); picture by picture where one keeps the machine busy, but in training."""
+    if len(x) > 1 and x.device.type != "cuda" and not torch.is_grad_enabled():
+        return torch.cat([run(one) for one in x.split(1)])
+    return run(x)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the channels change."""
 
@@ -73,8 +89,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_activated(self.norm1, x))
+        h = _activated(self.norm2, h)
+        h = self.conv2(h)
         return self.nin_shortcut(x) + h
 
 
@@ -145,10 +162,11 @@ class Stage(nn.Module):
         self.downsample = downsample or nn.Identity()
         self.upsample = upsample or nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def steps(self) -> Iterator[nn.Module]:
+        """The parts in their order."""
         for block, attention in zip(self.block, self.attn, strict=True):
-            x = attention(block(x))
-        return self.upsample(self.downsample(x))
+            yield from (block, attention)
+        yield from (self.downsample, self.upsample)
 
 
 class CNNEncoder(nn.Module):
@@ -172,10 +190,14 @@ class CNNEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels * (1 + config.double_z), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return _one_by_one(self._maps, x)
+
+    def _maps(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for stage in self.down:
-            h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+            for step in stage.steps():
+                h = step(h)
+        return self.conv_out(_activated(self.norm_out, self.mid(h)))
 
 
 class CNNDecoder(nn.Module):
@@ -205,7 +227,11 @@ class CNNDecoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
+        return _one_by_one(self._pictures, z)
+
+    def _pictures(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for stage in reversed(self.up):
-            h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            for step in stage.steps():
+                h = step(h)
+        return self.conv_out(_activated(self.norm_out, h))
