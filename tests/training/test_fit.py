@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arvis
 from arvis.config import from_dict, to_dict
 from arvis.noise import Noise
-from arvis.training import batches, checkpoint, compiled, metrics
+from arvis.training import batches, checkpoint, compiled, metrics, optimizers
 from arvis.training.checkpoint import CheckpointError
 from arvis.training.fit import FitConfig, FitResult, TrainingError, fit
 from arvis.training.fit_config import load_config
@@ -338,6 +339,24 @@ def test_speed_and_memory_are_told(tmp_path: Path) -> None:
     assert peaks == sorted(peaks) and peaks[-1] > 1258 and result.peak_mb >= peaks[-1]
     page = (tmp_path / "report.html").read_text()
     assert "peak memory" in page and "tokens per second" in page and "<figcaption>peak_mb" not in page
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_adamw_is_one_kernel(device: str) -> None:
+    called: list[str] = []
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4))).to(device)
+    (optimizer,) = optimizers.build(net, optimizers.Part(names=(), loss="loss"), (), ())
+    net(torch.ones(1, 3, device=device)).sum().backward()
+    with Listens():
+        optimizer.step(1.0, 0.1)
+    steps = [name for name in called if "adamw" in name]
+    assert steps and all("_fused_adamw_" in name for name in steps) and len(steps) == 2, "decayed and not: two groups"
 
 
 @pytest.mark.parametrize(
