@@ -211,7 +211,7 @@ def test_train_makes_a_whole_model_and_says_what_it_does(capsys, little, picture
     lines = out.splitlines()
     assert lines[0] == f"brush-tiny: the tokenizer on pictures, in {Path('all/tokenizer')}"
     assert lines[1] == f"brush-tiny: the generator on pictures, in {Path('all/generator')}"
-    assert re.match(r"done at step 4 of 4: loss \d\.\d+, accuracy [\d.]+%$", lines[2])
+    assert re.match(r"done at step 4 of 4: loss \d\.\d+, accuracy [\d.]+%, peak \d+ MB$", lines[2])
     assert lines[3] == f"model: {Path('all/model')}, report: {Path('all/report.html')}"
     assert re.search(r"step 3 of 3: .*, images/s|step 3 of 3: loss .* images/s", err)
     run("generate", "cat", "--model", "all/model")
@@ -221,7 +221,9 @@ def test_train_makes_a_whole_model_and_says_what_it_does(capsys, little, picture
     assert "done at step 4 of 4" in capsys.readouterr().out
     run("train", "brush", "--stage", "tokenizer", "--data", "pictures", "--run", "one")
     told = capsys.readouterr().out
-    assert re.search(r"done at step 3 of 3: loss .*, psnr [\d.]+ dB, usage [\d.]+%, perplexity [\d.]+\n", told), told
+    assert re.search(
+        r"done at step 3 of 3: loss .*, psnr [\d.]+ dB, usage [\d.]+%, perplexity [\d.]+, peak \d+ MB\n", told
+    ), told
 
 
 @pytest.mark.parametrize(
