@@ -42,6 +42,7 @@ def once(system: Any, batch: int, settings: dict[str, Any]) -> int:
     for _ in walk(system, s):
         pass
     held = sum(x.numel() * x.element_size() for c in s.cache.values() for x in (*c.k.values(), *c.v.values()))
+    s.cache.clear()  # as `Model` does
     system.tokenizer.decode(s.tokens, s.layout)
     return held
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from arvis import systems
 from arvis.config import from_dict
@@ -215,5 +217,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def empty(slug: str, config: Any) -> Any:
     """The network of a configuration without values, on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Valueless():
         return systems.system(slug).build(config)
+
+
+class _Valueless(TorchFunctionMode):
+    """Draws nothing: random values of meta tensors are none, but asking for them imports a second of compiler."""
+
+    DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (*args, *kwargs.values())[0] if func in self.DRAWS else func(*args, **kwargs)

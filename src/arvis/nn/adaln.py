@@ -158,7 +158,7 @@ class SharedModulation(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.offset = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+        self.offset = nn.Parameter(nn.init.normal_(torch.empty(1, 6, width), std=width**-0.5))
 
     @property
     def vectors(self) -> Tensor:

@@ -70,7 +70,7 @@ class FeaturePrefix(nn.Module):
         self.length, self.channels, self.encode = length, channels, encode
         self.fc1 = nn.Linear(channels, width, bias=False)
         self.fc2 = nn.Linear(width, width, bias=False)
-        self.register_buffer("null", torch.randn(length, channels) / channels**0.5)
+        self.register_buffer("null", nn.init.normal_(torch.empty(length, channels), std=channels**-0.5))
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Tensor]:
         features, visible = request.get("text_features"), request.get("text_visible")

@@ -120,7 +120,7 @@ class ClassWriter(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.embedding = nn.Embedding(num_classes, width)
-        self.null = nn.Parameter(0.02 * torch.randn(1, width))
+        self.null = nn.Parameter(nn.init.normal_(torch.empty(1, width), std=0.02))
 
     def prepare(self, request: dict[str, Any]) -> Cond:
         return class_labels(request, self.num_classes, self.null.device)

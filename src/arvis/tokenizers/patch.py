@@ -70,7 +70,7 @@ class _Grid(nn.Module):
 
     def __init__(self, config: PatchConfig, depth: int) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.randn(config.width, *config.grid) * 0.02)
+        self.positions = nn.Parameter(nn.init.normal_(torch.empty(config.width, *config.grid), std=0.02))
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
         self.norm = nn.LayerNorm(config.width)
         for block in self.blocks:  # near the identity at first
