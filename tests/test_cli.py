@@ -596,6 +596,26 @@ def test_a_real_process(place):
     assert wrong.stderr == "arvis: no model is called 'brsh'; nearest: brush, brush-64\n"
 
 
+def test_settings_of_loading_and_of_searches(monkeypatch, refused):
+    asked = []
+    monkeypatch.setattr(arvis, "load", lambda name, **how: asked.append(how) or sys.exit("seen"))
+    with pytest.raises(SystemExit, match="seen"):
+        run("generate", "red apple", "--set", "load.quantize=int8", "cfg_scale=2", "--set", "load.fast=false")
+    assert asked == [
+        {
+            "device": "auto",
+            "precision": "float32",
+            "fast": False,
+            "quantize": "int8",
+            "compile": False,
+            "offload": False,
+        }
+    ]
+    assert "load.quantize: expected one of int8, int4" in refused("generate", "red", "--set", "load.quantize=int3")
+    assert "did you mean load.compile" in refused("generate", "red apple", "--set", "load.compil=true")
+    assert "add --search" in refused("generate", "red apple", "--set", "search.reward=scene")
+
+
 def test_bench_measures_and_counts(capsys, refused):
     run("bench", "brush", "-b", "1", "2", "--repeats", "1", "--precision", "float32")
     told = capsys.readouterr().out

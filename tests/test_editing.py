@@ -198,7 +198,18 @@ def test_the_command_paints_a_part_anew(slug, tmp_path, monkeypatch):
     m.save_pretrained("model")
     picture(48).save("image.png")
     what = str(next(iter(request(slug).values())))
-    asked = ["--image", "image.png", "--mask", "0,0.5,1,1", "-o", "a.png", "--device", "cpu", "--plain"]
+    asked = [
+        "--image",
+        "image.png",
+        "--mask",
+        "0,0.5,1,1",
+        "-o",
+        "a.png",
+        "--device",
+        "cpu",
+        "--set",
+        "load.fast=false",
+    ]
     cli.main(["generate", what, "--model", "model", *asked])
     wanted = m.generate(**request(slug), image="image.png", mask=(0, 0.5, 1, 1))[0]
     assert read_image("a.png").tobytes() == wanted.tobytes()

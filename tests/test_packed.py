@@ -11,8 +11,9 @@ import arvis
 from arvis.laws import Case, case_of
 from arvis.nn.adaln import FeedForward
 from arvis.nn.lora import LoraConfig, adapt
-from arvis.nn.packed import Packed, pack
+from arvis.nn.packed import Packed, offload, pack
 from arvis.nn.packed import gelu as gelu_of
+from arvis.noise import Noise
 from arvis.state import State, System
 from arvis.systems import SYSTEMS
 from arvis.walk import finish, walk
@@ -154,3 +155,51 @@ def test_a_fast_model_paints_the_same_and_is_not_saved(tmp_path) -> None:
         fast.save_pretrained(tmp_path / "copy")
     with pytest.raises(ValueError, match="load it with fast=False"):
         fast.with_lora(tmp_path / "adapters.safetensors")
+
+
+def test_decoding_in_bfloat16_keeps_the_picture() -> None:
+    """At least 45 dB against float32, in every picture of the model in the box."""
+    model = arvis.load("brush")
+    tokens = list(model.stream(["red apple", "blue whale", "happy dog"], n=4))[-1].tokens()
+    quick = packed(model.system)
+    with torch.inference_mode():
+        exact = model.system.tokenizer.decode(tokens, model.layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = quick.tokenizer.decode(tokens, model.layout)
+    psnr = 10 * torch.log10(4 / (rounded.float() - exact).square().mean((1, 2, 3)))  # the range is 2
+    assert 45 <= psnr.min() < 90, "float32 would be exact"
+
+
+# -- weights that stay on the host ------------------------------------------------------------------------------------
+
+
+def test_offloaded_weights_lie_on_the_host_and_everything_else_on_the_device() -> None:
+    """The meta device stands for a GPU: what comes there has lost its values, so nothing of the host may."""
+    case = case_of("var", torch.float32)
+    system, before = copy.deepcopy(case.system), case.system.state_dict()
+    count = offload(system, torch.device("meta"))
+    held = {name: x for name, x in system.named_parameters() if isinstance(x, Packed)}
+    assert 0 < len(held) == count
+    assert {str(x.device) for x in system.state_dict().values()} == {"meta"}
+    for name, x in held.items():
+        assert torch.equal(x.store.dense(), before[name]), "the values are still there"
+    s = system.start(None, system.Sampling(), Noise.of(0, 2, "meta"))
+    assert system.predict(s).logits.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["var", "llamagen", "mar"])
+def test_offloaded_weights_paint_the_same(name: str) -> None:
+    case = case_of(name, torch.float32)
+    system = copy.deepcopy(case.system)
+    assert offload(system, torch.device("cpu")) > 0
+    (plain, picture), (other, same) = painted(case, case.system), painted(case, system)
+    torch.testing.assert_close(other.tokens, plain.tokens)
+    torch.testing.assert_close(same, picture)
+
+
+def test_offloading_is_for_a_gpu_and_not_with_fewer_bits() -> None:
+    with pytest.raises(ValueError, match="the device is the host's cpu"):
+        arvis.load("brush", offload=True)
+    with pytest.raises(ValueError, match="give one of them"):
+        arvis.load("brush", device="meta", offload=True, quantize="int8")
+    assert arvis.load("brush", device="meta", offload=True).device.type == "meta"

@@ -60,9 +60,10 @@ def both(side: int, folder: Path) -> tuple[Any, Any, Any, Any]:
 
 
 def painting(side: int, folder: Path, dtype: torch.dtype) -> Sides:
-    """Greedy on both sides; the official sampler casts its transformer and decodes in float32."""
+    """Greedy on both sides, our steps compiled; the official sampler casts its transformer and decodes in float32."""
     system, gpt, vq, sampler = both(side, folder)
     pack(system)
+    system.compile_step()
     gpt.to(dtype)
     sampling = replace(system.Sampling(), cfg_scale=SCALE, cfg_interval=-1, top_k=1, top_p=1.0, temperature=1.0)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
 from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
-from arvis.loading import Loaded, by_name, from_folder, picture_size, with_adapters
-from arvis.nn.packed import Forms, pack
+from arvis.loading import Loaded, by_name, from_folder, picture_size, resolve_device, with_adapters
+from arvis.nn import packed
 from arvis.nn.rounded import STORES, Bits
 from arvis.noise import Noise
 from arvis.search import Search
@@ -83,12 +83,17 @@ class Model:
         fast: bool = False,
         quantize: Bits | None = None,
         compile: bool = False,
+        offload: torch.device | None = None,
     ) -> None:
-        self.system, self.fast = system.eval(), fast or quantize is not None
+        self.system, self.fast = system.eval(), fast or quantize is not None or offload is not None
         if quantize is not None and quantize not in STORES:
             raise ValueError(f"quantize is {' or '.join(STORES)}, got {quantize!r}")
-        for role, part in self.system.parts().items() if self.fast else ():
-            pack(part, STORES[quantize] if quantize and role != "tokenizer" else Forms)
+        if offload is not None and quantize is not None:
+            raise ValueError(f"offload and quantize={quantize!r} are two ways to save memory: give one of them")
+        if offload is not None:
+            packed.offload(self.system, offload)
+        for role, part in self.system.parts().items() if self.fast and offload is None else ():
+            packed.pack(part, STORES[quantize] if quantize and role != "tokenizer" else packed.Forms)
         if compile:
             self._compile(name)
         self.slug, self.name, self.config = slug, name, config
@@ -433,6 +438,7 @@ def load(
     fast: bool = False,
     quantize: Bits | None = None,
     compile: bool = False,
+    offload: bool = False,
     weights: Mapping[str, str | Path] | str | Path | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -448,20 +454,32 @@ def load(
     same pictures sooner, but the model cannot be saved or adapted. `quantize` keeps the generator's weights in 8 or 4
     bits: a quarter or a sixth of the memory, at the loss that docs/performance.md has measured. `compile` runs the
     steps of a system of one code per step as one graph, which takes half a minute to make; ValueError for others.
+    `offload` keeps the weights of products in the memory of the host, and copies each to the GPU when it is multiplied:
+    slow, for a GPU on which the model does not fit.
 
     KeyError names the nearest name. WeightsError says what does not fit: a tensor, with both shapes; the memory or the
     disk, with numbers (`anyway` tries it all the same).
     """
+    place = resolve_device(device)
+    if offload and place.type == "cpu":
+        raise ValueError("offload keeps weights on the host for a GPU, and the device is the host's cpu: leave it out")
     found = by_name(
         name,
-        device,
+        "cpu" if offload else place,
         weights=weights,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         token=token,
         anyway=anyway,
     )
-    return Model(**vars(found), precision=precision, fast=fast, quantize=quantize, compile=compile)
+    return Model(
+        **vars(found),
+        precision=precision,
+        fast=fast,
+        quantize=quantize,
+        compile=compile,
+        offload=place if offload else None,
+    )
 
 
 def _open(picture: Picture) -> Image.Image:

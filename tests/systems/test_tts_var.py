@@ -340,15 +340,15 @@ def test_the_command_searches(tmp_path, capsys):
     from arvis.data.images import read_image, read_metadata, to_tensor
 
     out = tmp_path / "apple.png"
-    cli.main(["generate", "red apple", "--search", "tts-var:4", "--reward", "picture", "-o", str(out)])
+    cli.main(["generate", "red apple", "--search", "tts-var:4", "--set", "search.reward=picture", "-o", str(out)])
     told = read_metadata(out)["request"]
     assert (told["search"], told["reward"], told["features"]) == ("tts-var:4", "picture", "colours")
     assert float(reward("picture")(to_tensor(read_image(out))[None], ["red apple"])) > -0.2
     for wrong, told in (
         (["--search", "var"], "var is no search; there are tts-var"),
         (["--search", "tts-var:many"], "number of paths is a whole number"),
-        (["--search", "tts-var", "--reward", "nice"], "no reward is called 'nice'"),
-        (["--search", "tts-var", "--features", "nice"], "no features are called 'nice'"),
+        (["--search", "tts-var", "--set", "search.reward=nice"], "no reward is called 'nice'"),
+        (["--search", "tts-var", "--set", "search.features=nice"], "no features are called 'nice'"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(["generate", "red apple", *wrong, "-o", str(out)])

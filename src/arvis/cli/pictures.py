@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,35 @@ from arvis import __version__, systems
 from arvis.cli.settings import Set
 from arvis.cli.terminal import log_lines, place_for_folder, place_for_picture, progress
 from arvis.config import override, to_dict
+
+FURTHER = ("load.", "search.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """`--set load.*`: the arguments of `arvis.load` of these names."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    fast: bool = True
+    quantize: Literal["int8", "int4"] | None = None
+    compile: bool = False
+    offload: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """`--set search.*`: the reward that a search looks for, and the features that it tells pictures apart by."""
+
+    reward: str = "emoji"
+    features: str = "colours"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Further:
+    """What `--set` can say besides sampling settings."""
+
+    load: Load = Load()
+    search: Looking = Looking()
 
 
 def generate(
@@ -27,13 +57,7 @@ def generate(
     image: Path | None = None,
     mask: str | None = None,
     search: str | None = None,
-    reward: str = "emoji",
-    features: str = "colours",
     device: str = "auto",
-    precision: Literal["auto", "float32", "bfloat16"] = "float32",
-    plain: bool = False,
-    quantize: Literal["int8", "int4"] | None = None,
-    compile: bool = False,
     set: Set = (),
 ) -> None:
     """Paint pictures of a prompt (or of a class, where the model has classes: give its number or name).
@@ -48,36 +72,35 @@ def generate(
         image: A picture to repaint in part, together with --mask.
         mask: A picture that is white where --image is painted anew, or a box y0,x0,y1,x1 in fractions of it.
         search: Make each picture the best of several paths: tts-var, or tts-var:16 for so many instead of eight.
-        reward: What a search looks for: emoji, scene, picture, clip, or clip:MODEL.
-        features: What a search tells unfinished pictures apart by: colours, dinov2, or dinov2:MODEL.
         device: cpu, cuda, or auto: a GPU where there is one.
-        precision: The number format of products; auto takes bfloat16 where that pays on this machine.
-        plain: Leave the weights as they are loaded, instead of laying them out for this machine: slower.
-        quantize: Keep the weights of the generator in 8 or 4 bits, which takes a quarter or a sixth of the memory.
-        compile: Run the steps as one compiled graph, for systems of one code per step: half a minute, then faster.
-        set: Sampling settings, such as cfg_scale=3 top_k=100.
+        set: Sampling settings, such as cfg_scale=3 top_k=100; load.* says how weights are kept and multiplied
+            (precision, fast, quantize, compile, offload: the arguments of arvis.load), search.reward what a search
+            looks for (emoji, scene, picture, clip, clip:MODEL), search.features what it tells unfinished pictures
+            apart by (colours, dinov2, dinov2:MODEL).
     """
     import arvis
     from arvis.data.images import grid, read_image, save_image
 
     began = time.perf_counter()
     place_for_picture(out)
+    texts = [text for text in set if not text.startswith(FURTHER)]
+    further = override(Further(), [text for text in set if text.startswith(FURTHER)])
+    if search is None and further.search != Looking():
+        raise ValueError("search.* says what a search looks for, and there is none: add --search tts-var")
     where = None if mask is None else _box(mask) or Path(mask)
     if isinstance(where, Path) and max(read_image(where).convert("L").tobytes()) < 128:
         raise ValueError(f"{mask} has no white, and white marks what is painted anew")
     with log_lines():
-        loaded = arvis.load(
-            model, device=device, precision=precision, fast=not plain, quantize=quantize, compile=compile
-        )
-    settings = _settings(set, loaded)
+        loaded = arvis.load(model, device=device, **vars(further.load))
+    settings = _settings(texts, loaded)
     what: dict[str, Any] = {"prompt": prompt}
     if "class_labels" in loaded.system.conditions:
         what = {"class_labels": _number(prompt, loaded.name, loaded.source.get("classes", ()))}
     ready = time.perf_counter()
     request = {"model": loaded.name, **what, "n": n, "seed": seed, "settings": to_dict(loaded.sampling(settings))}
     request |= {name: str(path) for name, path in (("image", image), ("mask", mask)) if path is not None}
-    way = None if search is None else _search(search, reward, features, loaded.layout.K)
-    request |= {} if search is None else {"search": search, "reward": reward, "features": features}
+    way = None if search is None else _search(search, further.search, loaded.layout.K)
+    request |= {} if search is None else {"search": search, **to_dict(further.search)}
     columns = math.isqrt(max(n - 1, 0)) + 1
     last = None
     with progress(None, "step") as bar:
@@ -167,7 +190,7 @@ def _settings(texts: Sequence[str], loaded: Any) -> dict[str, Any]:
     return {name: value for name, value in changed.items() if any(t.split("=")[0].strip() == name for t in texts)}
 
 
-def _search(text: str, reward: str, features: str, scales: int) -> Any:
+def _search(text: str, looking: Looking, scales: int) -> Any:
     """A search by name, perhaps with its number of paths, that looks for a reward and tells pictures apart."""
     from arvis import rewards
 
@@ -178,7 +201,7 @@ def _search(text: str, reward: str, features: str, scales: int) -> Any:
         raise ValueError(f"{name} is no search; there are {', '.join(known)}")
     if paths and (not paths.isdigit() or int(paths) < 1):
         raise ValueError(f"the number of paths is a whole number, at least 1, got {paths!r}")
-    return module.searching(rewards.reward(reward), scales, int(paths or 8), features)
+    return module.searching(rewards.reward(looking.reward), scales, int(paths or 8), looking.features)
 
 
 def _box(text: str) -> tuple[float, float, float, float] | None:

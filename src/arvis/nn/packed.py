@@ -77,18 +77,28 @@ class Forms:
         return dense
 
 
+class Hosted(Forms):
+    """A weight that stays in the memory of the host; products on another device take a copy that lives no longer."""
+
+    def linear(self, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+        """As `Forms.linear`."""
+        x, bias = cast(x, bias)
+        out = F.linear(x, self.of(x.dtype, _pinned).to(x.device, non_blocking=True), bias)
+        return F.gelu(out, approximate="tanh") if gelu else out
+
+
 class Packed(Tensor):
-    """Stands in for a weight: products take its packed forms, everything else its values."""
+    """Stands in for a weight on a device: products take its packed forms, everything else its values."""
 
     store: Store
 
     @staticmethod
-    def __new__(cls, like: Tensor, store: Store) -> Packed:
-        out = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, like: Tensor, store: Store, device: torch.device | None = None) -> Packed:
+        out = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device or like.device)
         out.store = store
         return out
 
-    def __init__(self, like: Tensor, store: Store) -> None: ...
+    def __init__(self, like: Tensor, store: Store, device: torch.device | None = None) -> None: ...
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Packed({tuple(self.shape)}, {type(self.store).__name__}, {self.store.bytes} bytes)"
@@ -107,7 +117,7 @@ class Packed(Tensor):
 
 
 def _dense(x: Any) -> Any:
-    return x.store.dense().to(x.dtype) if isinstance(x, Packed) else x
+    return x.store.dense().to(x.device, x.dtype) if isinstance(x, Packed) else x
 
 
 def cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +157,11 @@ def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: An
     if not isinstance(weight, Packed) or not isinstance(weight.store, Forms) or not _simple(input):
         return F.conv2d(input, _dense(weight), bias, *rest)
     input, bias = cast(input, bias)
-    return F.conv2d(input, weight.store.of(input.dtype, _channels_last), bias, *rest)
+    return F.conv2d(input, weight.store.of(input.dtype, _channels_last).to(input.device), bias, *rest)
+
+
+def _pinned(weight: Tensor) -> Tensor:
+    return weight.pin_memory() if torch.cuda.is_available() else weight
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -164,13 +178,34 @@ def pack(module: nn.Module, store: Callable[[Tensor], Store] = Forms) -> int:
     Linear layers whose inputs divide into groups of 32 take the `store`, everything else `Forms`. Weights that several
     layers share stay as they are.
     """
+    return _replace(module, lambda layer, weight: Packed(weight, _store_of(layer, weight, store)))
+
+
+def offload(module: nn.Module, device: torch.device) -> int:
+    """Bring a module to a device, but for the weights that `pack` would replace: these stay on the host and are copied
+    for each product. Slow, and takes the memory of the largest of them instead of all."""
+    count = _replace(module, lambda layer, weight: Packed(weight, Hosted(weight), device))
+    moved: dict[int, Tensor] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, x in held.items():
+                if x is not None and not isinstance(x, Packed):
+                    there = x.to(device)
+                    there = nn.Parameter(there, x.requires_grad) if isinstance(x, nn.Parameter) else there
+                    held[name] = moved.setdefault(id(x), there)
+    return count
+
+
+def _store_of(layer: nn.Module, weight: Tensor, store: Callable[[Tensor], Store]) -> Store:
+    return store(weight) if type(layer) is nn.Linear and weight.shape[1] % 32 == 0 else Forms(weight)
+
+
+def _replace(module: nn.Module, packed: Callable[[nn.Module, Tensor], Packed]) -> int:
     owners: dict[int, int] = {}
     for layer in module.modules():
         for parameter in layer._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     layers = [x for x in module.modules() if type(x) in (nn.Linear, nn.Conv2d) and owners.get(id(x.weight)) == 1]
     for layer in layers:
-        weight = layer.weight.detach()
-        held = store(weight) if type(layer) is nn.Linear and weight.shape[1] % 32 == 0 else Forms(weight)
-        layer.weight = nn.Parameter(Packed(weight, held), requires_grad=False)
+        layer.weight = nn.Parameter(packed(layer, layer.weight.detach()), requires_grad=False)
     return len(layers)
