@@ -17,10 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from functools import cache
 from importlib import import_module
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,8 @@ def peak(name: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def rows(name: str, folder: Path, batches: list[int], dtype: torch.dtype, repeats: int) -> list[Any]:
-    pair, out = named(name), []
+def rows(name: str, folder: Path, batches: list[int], dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Any]]:
+    pair = named(name)
     sides = pair.make(folder, dtype)
     for batch in batches:
         agreement = pair.agreement(sides.ours(batch), sides.official(batch))  # the first run of each, not timed
@@ -90,9 +92,17 @@ def rows(name: str, folder: Path, batches: list[int], dtype: torch.dtype, repeat
             least = floor(name, batch, dtype)
             row |= {"floor_s": round(least, 4), "floor_share": round(least / ours, 3)}
             row |= {f"{key}_mb": round(value) for key, value in peak(name, batch, dtype).items()}
-        print(json.dumps(row), flush=True)
-        out.append(row)
-    return out
+        yield row
+
+
+def keep(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write a row in place of an earlier one of its kind; returns all rows."""
+    kind = itemgetter("name", "batch", "precision", "machine")
+    held = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    results = sorted([*(r for r in held if kind(r) != kind(row)), row], key=kind)
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def machine() -> str:
@@ -165,19 +175,12 @@ def main() -> None:
         if given.name not in known() or given.official is None:
             parser.error(f"give one of {', '.join(known())} and --official DIR")
         for precision in given.precision:
-            fresh = rows(
-                given.name,
-                checkout(given.name, given.official),
-                given.batch or list(named(given.name).batches),
-                getattr(torch, precision),
-                given.repeats,
-            )
+            batches = given.batch or list(named(given.name).batches)
+            dtype = getattr(torch, precision)
+            for row in rows(given.name, checkout(given.name, given.official), batches, dtype, given.repeats):
+                print(json.dumps(row), flush=True)
+                results = keep(row)
             gc.collect()
-            done = {(row["name"], row["batch"], row["precision"], row["machine"]) for row in fresh}
-            results = [r for r in results if (r["name"], r["batch"], r["precision"], r["machine"]) not in done] + fresh
-            results.sort(key=lambda row: (row["name"], row["batch"], row["precision"]))
-            RESULTS.parent.mkdir(exist_ok=True)
-            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     write_text(PAGE, f"{head}{BEGIN}\n\n{table(results)}\n\n{END}{tail}")
