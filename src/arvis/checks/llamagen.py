@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.next_token import NextToken
+from arvis.nn.cache import Cache
 from arvis.nn.llama import rotary_grid
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
@@ -285,7 +286,7 @@ def forget_cache(trained: Trained) -> None:
     forward = transformer.forward
 
     def forgetful(x_RD: Tensor, call: Call) -> Tensor:
-        if call.cache is None:
+        if not isinstance(call.cache, Cache):
             return forward(x_RD, call)
         own = torch.arange(call.cache.end) >= call.cache.end - x_RD.shape[1]
         return forward(x_RD, replace(call, mask=own.expand(1, 1, x_RD.shape[1], -1)))
