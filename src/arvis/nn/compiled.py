@@ -38,20 +38,21 @@ class CompiledStep:
         if row is None:
             return self.net(x_RD, call)
         k, v, at, end = row
+        table = None if call.table is None else call.table.to(x_RD.device)  # a replayed graph reads no host memory
         mask, at, first = call.mask, torch.tensor([at], device=x_RD.device), next(iter(k.values()))
         if self.whole:
             mask = at.new_ones((1, 1, 1, end), dtype=torch.bool) if mask is None else mask.to(at.device)
             mask = F.pad(mask, (0, first.shape[3] - end))
             for store in (*k.values(), *v.values()):
                 torch._dynamo.mark_static_address(store)
-            return self.step(x_RD, call.table, mask, k, v, at, at.new_empty(first.shape[3], 0))
+            return self.step(x_RD, table, mask, k, v, at, at.new_empty(first.shape[3], 0))
         if end == first.shape[3]:  # the last row: a graph for a part of the slots does not hold for all
             return self.net(x_RD, call)
         seen = at.new_empty(end, 0)  # its length alone says something
         torch._dynamo.mark_dynamic(seen, 0)
         if mask is not None:
             torch._dynamo.mark_dynamic(mask, 3)
-        return self.step(x_RD, call.table, mask, k, v, at, seen)
+        return self.step(x_RD, table, mask, k, v, at, seen)
 
 
 def _step(net: nn.Module) -> Callable[..., Tensor]:
