@@ -15,6 +15,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
+from arvis.published import Preset
+
 OnStep = Callable[[], None]
 
 
@@ -43,6 +48,21 @@ def at_least(name: str, value: float, threshold: float) -> Claim:
 
 def exactly(name: str, value: float, threshold: float) -> Claim:
     return Claim(name, value, threshold, value == threshold, "exactly")
+
+
+def sizes(build: Callable[[Any], Any], presets: Mapping[str, Preset], counts: Mapping[str, int]) -> tuple[Claim, ...]:
+    """The transformers of presets have the given numbers of parameters; counted without memory for them."""
+    claims = []
+    for name, count in counts.items():
+        with torch.device("meta"):
+            transformer = build(presets[name].config()).transformer
+        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
+    return tuple(claims)
+
+
+def mean(x: Tensor) -> float:
+    """The mean of numbers or truths, in float64."""
+    return float(x.double().mean())
 
 
 class Check(Protocol):

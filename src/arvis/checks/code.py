@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.noise import Noise
 from arvis.rows import Rows, same
@@ -131,7 +131,7 @@ def alone(large: Any) -> Claim:
         plain = finish(generate(large, cond, sampling, Noise.of(2, CLASSES))).tokens
         for n in range(1, large.tokenizer.layout().K):
             s = finish(generate(collaborate(large, large, n), cond, sampling, Noise.of(2, CLASSES)))
-            equal.append(_mean(s.tokens == plain))
+            equal.append(mean(s.tokens == plain))
     return exactly("least share of tokens that a model with itself draws as alone", min(equal), 1.0)
 
 
@@ -160,7 +160,7 @@ def fine(trained: Trained) -> Claim:
     tokens = pair.tokenizer.encode(data.test_images)
     cond = pair.prepare({"class_labels": data.test_labels})
     small, large = (
-        -_mean(m.teacher(tokens, cond).log_prob(tokens)[:, layout.offsets[HANDOVER] :]) for m in (pair, trained.large)
+        -mean(m.teacher(tokens, cond).log_prob(tokens)[:, layout.offsets[HANDOVER] :]) for m in (pair, trained.large)
     )
     return at_most("nats of the fine scales, as a part of the large model's", small / large, 1.1)
 
@@ -216,10 +216,6 @@ def parameters() -> tuple[Claim, ...]:
         parts = build(PRESETS["code-8"].config()).parts()
     counts = {name: sum(p.numel() for p in parts[name].parameters()) for name in PARAMETERS}
     return tuple(exactly(f"parameters of the {name}", counts[name], wanted) for name, wanted in PARAMETERS.items())
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
 
 
 def _chi_square(counts: Tensor, probs: Tensor) -> float:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.noise import Noise
 from arvis.quant.multiscale import area, to_rows
@@ -172,7 +172,7 @@ def alone(system: FlexVAR, data: Digits) -> Claim:
     tokens = tokenizer.encode(data.test_images, SHORT)
     shown = tokenizer.reconstruct(tokenizer.codes(tokens, SHORT, 2)).clamp(-1, 1)
     error = (shown - area(data.test_images, tuple(shown.shape[2:]))).square().mean((1, 2, 3))
-    return at_least("PSNR in dB of a middle scale by itself", _mean(10 * (4 / error).log10()), 19.0)
+    return at_least("PSNR in dB of a middle scale by itself", mean(10 * (4 / error).log10()), 19.0)
 
 
 def nats(system: FlexVAR, data: Digits, layout: Layout) -> Tensor:
@@ -185,8 +185,8 @@ def nats(system: FlexVAR, data: Digits, layout: Layout) -> Tensor:
 def unseen(system: FlexVAR, data: Digits) -> Claim:
     """Nats per token of unseen digits on a list longer than any in training, against lists like those in training."""
     own = system.tokenizer.config.patch_nums
-    seen = [_mean(nats(system, data, pyramid(system.lists.draw(own, Noise.of(seed))))) for seed in range(4)]
-    longest = _mean(nats(system, data, LONG))
+    seen = [mean(nats(system, data, pyramid(system.lists.draw(own, Noise.of(seed))))) for seed in range(4)]
+    longest = mean(nats(system, data, LONG))
     return at_most(
         "nats on the longest, unseen list, as a part of those on lists of training", 4 * longest / sum(seen), 1.1
     )
@@ -199,7 +199,7 @@ def swapped(system: FlexVAR, data: Digits) -> Claim:
     other, last = tokens.clone(), layout.span(layout.K - 1)
     other[:, layout.span(layout.K - 2)] = tokens[:, layout.span(layout.K - 2)].roll(1, 0)
     cond = system.prepare({"class_labels": data.test_labels[:TRIED]})
-    right, wrong = (-_mean(system.teacher(x, cond, layout).log_prob(x)[:, last]) for x in (tokens, other))
+    right, wrong = (-mean(system.teacher(x, cond, layout).log_prob(x)[:, last]) for x in (tokens, other))
     return at_least("nats per token that another digit's scale before costs", wrong - right, 0.3)
 
 
@@ -226,16 +226,7 @@ def drawn(system: FlexVAR, data: Digits, layout: Layout, each: int, given: bool 
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.checks.var import config as plain_config
 from arvis.dist import Categorical
@@ -131,7 +131,7 @@ def at_once(system: HMAR) -> Claim:
     rows = tuple((n,) for n in system.tokenizer.layout().sizes)
     mine = finish(generate(system, cond, HMARSampling(schedule=rows), noise)).tokens
     plain = finish(generate(system.scales, cond, HMARSampling(), noise)).tokens
-    return exactly("share of tokens that one-entry rows draw as next-scale prediction does", _mean(mine == plain), 1)
+    return exactly("share of tokens that one-entry rows draw as next-scale prediction does", mean(mine == plain), 1)
 
 
 def redrawn(system: HMAR) -> list[Claim]:
@@ -193,7 +193,7 @@ def unseen(system: HMAR | VAR, data: Digits) -> float:
     with torch.no_grad():
         tokens = system.tokenizer.encode(data.test_images)
         cond = system.prepare({"class_labels": data.test_labels})
-        return -_mean(system.teacher(tokens, cond).log_prob(tokens))
+        return -mean(system.teacher(tokens, cond).log_prob(tokens))
 
 
 def economical(system: HMAR) -> list[Claim]:
@@ -229,16 +229,7 @@ def recognised(system: HMAR, data: Digits, each: int = 20) -> Claim:
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

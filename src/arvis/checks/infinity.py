@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.data.emoji import load_emoji
 from arvis.data.images import to_network
 from arvis.nn.text import TextConfig, word_ids
@@ -171,8 +171,8 @@ def quantised(system: Infinity, f: Tensor) -> list[Claim]:
     left = torch.stack([(f - fhat).flatten(1).norm(dim=1) for fhat in tokenizer.fhats(tokens, layout)])
     left = torch.cat((f.flatten(1).norm(dim=1)[None], left))
     return [
-        exactly("share of bits that are those of their own code", _mean(again == tokens[:, layout.span(3)]), 1.0),
-        at_least("share of scales that take something off what is left", _mean(left[1:] < left[:-1]), 0.9),
+        exactly("share of bits that are those of their own code", mean(again == tokens[:, layout.span(3)]), 1.0),
+        at_least("share of scales that take something off what is left", mean(left[1:] < left[:-1]), 0.9),
     ]
 
 
@@ -221,27 +221,18 @@ def captioned(system: Infinity, f: Tensor, cond: Cond) -> Claim:
     """How much less surprising bits are under their own caption than under another picture's."""
     tokens = system.tokenizer.corrected(f, system.tokenizer.layout())[0]
     shuffled = {name: x.roll(1, 0) for name, x in cond.items()}
-    own, other = (-_mean(system.teacher(tokens, c).log_prob(tokens)) for c in (cond, shuffled))
+    own, other = (-mean(system.teacher(tokens, c).log_prob(tokens)) for c in (cond, shuffled))
     return at_least("part of the nats of a wrong caption that the right one saves", 1 - own / other, 0.02)
 
 
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 def _psnr(images: Tensor, wanted: Tensor) -> float:
-    return _mean(10 * (4 / (images - wanted).square().mean((1, 2, 3))).log10())
+    return mean(10 * (4 / (images - wanted).square().mean((1, 2, 3))).log10())
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

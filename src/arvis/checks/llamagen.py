@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.next_token import NextToken
 from arvis.nn.cache import Cache
@@ -199,7 +199,7 @@ def recognised(system: NextToken, data: Digits, each: int = 20) -> list[Claim]:
         cond = system.prepare({"class_labels": given})
         s = finish(generate(system, cond, LlamaGenSampling(cfg_scale=2.0, top_k=0), Noise.of(3, len(labels))))
         nearest = torch.cdist(system.tokenizer.decode(s.tokens).flatten(1), means).argmin(1)
-        found.append(_mean(nearest == labels))
+        found.append(mean(nearest == labels))
     return [
         at_least("share of drawn digits that are nearest to the mean of their class", found[0], 0.6),
         at_most("share nearest to that mean when no class was given", found[1], 0.25),
@@ -210,18 +210,13 @@ def recovered(system: NextToken, data: Digits) -> Claim:
     """Codes of training images that come back when their pictures are encoded again."""
     tokens = system.tokenizer.encode(data.images[:200])
     again = system.tokenizer.encode(system.tokenizer.decode(tokens))
-    return at_least("share of codes that survive decoding and encoding", _mean(again == tokens), 0.5)
+    return at_least("share of codes that survive decoding and encoding", mean(again == tokens), 0.5)
 
 
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 def _blocks(system: NextToken) -> Any:
@@ -251,10 +246,6 @@ def _stepped(system: NextToken, tokens: Tensor, cond: dict[str, Tensor], samplin
 
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
 from arvis.checks.digits import Digits, digits, learn_pictures, learn_tokens
 from arvis.checks.var import cached, conditioned
 from arvis.checks.var import config as scale_config
@@ -187,12 +187,7 @@ def _last_nats(system: Any, data: Digits) -> float:
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

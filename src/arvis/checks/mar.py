@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.data.images import to_bytes
 from arvis.denoise import ddpm
@@ -196,7 +196,7 @@ def visible(system: MAR) -> list[Claim]:
     changed, least = system.predict(spoilt).field(x, 500), system.predict(moved).field(x, 500)
     return [
         exactly("numbers of a prediction that hidden tokens move", int((changed != before).sum()), 0),
-        at_least("numbers that one known token moves", _mean(least != before), 0.99),
+        at_least("numbers that one known token moves", mean(least != before), 0.99),
     ]
 
 
@@ -283,7 +283,7 @@ def autoencoded(system: MAR, data: Digits) -> list[Claim]:
     back = psnr(to_bytes(data.test_images), to_bytes(system.tokenizer.decode(tokens)))
     drawn = system.tokenizer.encode(data.test_images, noise=Noise.of(7, len(tokens)))
     return [
-        at_least("PSNR of reconstructed test digits, dB", _mean(back), 22.0),
+        at_least("PSNR of reconstructed test digits, dB", mean(back), 22.0),
         at_most("how far the deviation of latents is from 1", float((drawn.std() - 1).abs()), 0.15),
     ]
 
@@ -298,10 +298,6 @@ def parameters() -> tuple[Claim, ...]:
         found = {part: sum(p.numel() for p in module.parameters()) for part, module in system.parts().items()}
         claims.append(exactly(f"parameters of {name}", found["transformer"], count))
     return (*claims, exactly("parameters of the published autoencoder", found["tokenizer"], 66_456_019))
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

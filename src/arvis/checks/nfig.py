@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, learn_pictures
 from arvis.checks.var import cached, forget_cache
 from arvis.noise import Noise
@@ -137,7 +137,7 @@ def recursive(tokenizer: PyramidVQ, f: Tensor) -> Claim:
         equal.append(quantize.lookup(to_rows(F.interpolate(g, size=layout.levels[k], mode="area"))) == found)
         rest = g - quantize.spread(quantize.embedding(found), k, layout)
     left = (tokenizer.fhats(tokens, layout)[-1] + rest - f).abs().max()
-    share = _mean(torch.cat(equal, 1)) if left < 1e-4 else 0.0
+    share = mean(torch.cat(equal, 1)) if left < 1e-4 else 0.0
     return at_least("share of tokens that are those of the paper's recursion", share, 0.999)
 
 
@@ -148,7 +148,7 @@ def unknown(tokenizer: PyramidVQ, f: Tensor) -> Claim:
         coarse = slice(0, layout.offsets[k + 1])
         a, b = (tokenizer.quantize.encode(x, layout)[:, coarse] for x in (f, low_pass(f, k, layout)))
         moved.append((a != b).flatten())
-    return at_most("share of coarse tokens that know of frequencies above their band", _mean(torch.cat(moved)), 0.002)
+    return at_most("share of coarse tokens that know of frequencies above their band", mean(torch.cat(moved)), 0.002)
 
 
 def growing(tokenizer: PyramidVQ, f: Tensor) -> Claim:
@@ -170,22 +170,13 @@ def shown(trained: Trained) -> list[Claim]:
 
 
 def error(tokenizer: PyramidVQ, images: Tensor) -> float:
-    return _mean((tokenizer.decode(tokenizer.encode(images)) - images).square())
+    return mean((tokenizer.decode(tokenizer.encode(images)) - images).square())
 
 
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The published sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = nfig.build(nfig.PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
+    return sizes(nfig.build, nfig.PRESETS, PARAMETERS)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

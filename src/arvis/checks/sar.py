@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
 from arvis.checks.digits import Digits, digits
 from arvis.checks.flexvar import SHORT, learn, nats
 from arvis.checks.flexvar import Length as BaseLength
@@ -217,12 +217,7 @@ def exposure(trained: Trained, system: Any) -> float:
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

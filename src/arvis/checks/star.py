@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.nn.attention import rotate
 from arvis.nn.rotary_scales import normalised_table
@@ -207,7 +207,7 @@ def alike(system: STAR, inside: Inside, items: int) -> float:
     cond = system.prepare({"prompt": [""] * items})
     tokens = finish(generate(system, cond, sampling, Noise.of(4, items))).tokens
     last = tokens[:, system.transformer.layout.span(system.transformer.layout.K - 1), 0]
-    return _mean((last == last[:, :1]).all(1))
+    return mean((last == last[:, :1]).all(1))
 
 
 def worded(system: STAR, data: Digits) -> Claim:
@@ -215,7 +215,7 @@ def worded(system: STAR, data: Digits) -> Claim:
     tokens, labels = system.tokenizer.encode(data.test_images), data.test_labels
     wrong = (labels + 1 + torch.arange(len(labels)) % (CLASSES - 1)) % CLASSES
     right, other = (
-        -_mean(system.teacher(tokens, system.prepare({"prompt": told(y)})).log_prob(tokens)) for y in (labels, wrong)
+        -mean(system.teacher(tokens, system.prepare({"prompt": told(y)})).log_prob(tokens)) for y in (labels, wrong)
     )
     return at_least("nats per token that a wrong word costs on test digits", other - right, 0.5)
 
@@ -241,16 +241,7 @@ def drawn(system: STAR, data: Digits, labels: Tensor, words: Sequence[str], insi
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

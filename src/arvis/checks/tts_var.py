@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arvis import load
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
 from arvis.data.emoji import load_emoji
 from arvis.data.images import to_bytes, to_network
 from arvis.noise import Noise
@@ -75,7 +75,7 @@ def plain(trained: Trained, items: int = 3, n: int = 4) -> Claim:
     score = redness(trained.system.tokenizer.decode(s.tokens, s.layout), []).view(items, n)
     wanted = s.tokens[score.argmax(1) + n * torch.arange(items)]
     found = trained.find(best_of(n, s.K), items).tokens
-    return exactly("share of tokens that are those of the best plain copy", _mean(found == wanted), 1.0)
+    return exactly("share of tokens that are those of the best plain copy", mean(found == wanted), 1.0)
 
 
 def alone(trained: Trained) -> Claim:
@@ -140,10 +140,6 @@ def better(trained: Trained) -> Claim:
     gain = scores[0] - scores[1]
     won = float(gain.mean() / gain.std() * len(gain) ** 0.5)
     return at_least("reward won at equal cost, in standard errors", won, 2)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.noise import Noise
 from arvis.rows import Rows, same
@@ -105,10 +105,10 @@ def residual(system: VAR, data: Digits) -> list[Claim]:
     fhats = system.tokenizer.fhats(system.tokenizer.encode(data.test_images), layout)
     first, last = ((fhat - f).square().mean((1, 2, 3)) for fhat in (fhats[0], fhats[-1]))
     return [
-        at_least("share of test digits whose features get closer by the finer scales", _mean(last < first), 0.99),
+        at_least("share of test digits whose features get closer by the finer scales", mean(last < first), 0.99),
         at_most(
             "error of the features after the last scale, as a part of that after the first",
-            _mean(last) / _mean(first),
+            mean(last) / mean(first),
             0.5,
         ),
     ]
@@ -119,7 +119,7 @@ def conditioned(system: VAR, data: Digits) -> Claim:
     tokens, labels = system.tokenizer.encode(data.test_images), data.test_labels
     wrong = (labels + 1 + torch.arange(len(labels)) % (CLASSES - 1)) % CLASSES
     right, other = (
-        -_mean(system.teacher(tokens, system.prepare({"class_labels": y})).log_prob(tokens)) for y in (labels, wrong)
+        -mean(system.teacher(tokens, system.prepare({"class_labels": y})).log_prob(tokens)) for y in (labels, wrong)
     )
     return at_least("nats per token that a wrong class costs on test digits", other - right, 1.0)
 
@@ -142,16 +142,7 @@ def recognised(system: VAR, data: Digits, each: int = 20) -> list[Claim]:
 @cache
 def parameters() -> tuple[Claim, ...]:
     """The official sizes, counted without memory for them."""
-    claims = []
-    for name, count in PARAMETERS.items():
-        with torch.device("meta"):
-            transformer = build(PRESETS[name].config()).transformer
-        claims.append(exactly(f"parameters of {name}", sum(p.numel() for p in transformer.parameters()), count))
-    return tuple(claims)
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.double().mean())
+    return sizes(build, PRESETS, PARAMETERS)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------
