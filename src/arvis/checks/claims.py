@@ -104,3 +104,16 @@ def notice(check: Check, trained: Any, mutant: str) -> list[Claim]:
     broken = copy.deepcopy(trained)
     check.MUTANTS[mutant](broken)
     return [claim for claim in check.examine(broken) if not claim.ok]
+
+
+def swap_guidance(trained: Any) -> None:
+    """A mutant of every guided system: guidance leads away from the condition."""
+    system = trained.system
+    start = system.start
+
+    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> Any:
+        s = start(cond, sampling, noise, layout, given)
+        s.weights = s.weights.flip(-1)
+        return s
+
+    system.start = swapped

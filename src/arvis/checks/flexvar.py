@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes, swap_guidance
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.noise import Noise
 from arvis.quant.multiscale import area, to_rows
 from arvis.rows import Rows, same
-from arvis.state import State
 from arvis.systems.flexvar import (
     PRESETS,
     FlexVAR,
@@ -290,19 +289,6 @@ def crop_positions(trained: Trained) -> None:
         type(transformer).embed(transformer, c, x_BNC, layout, first, last)
         + torch.cat([to_rows(grid[:, :, :h, :w] - area(grid, (h, w))) for h, w in layout.levels[first:last]], 1)
     )
-
-
-def swap_guidance(trained: Trained) -> None:
-    """Guidance leads away from the condition."""
-    system = trained.system
-    start = system.start
-
-    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> State:
-        s = start(cond, sampling, noise, layout, given)
-        s.weights = s.weights.flip(-1)
-        return s
-
-    system.start = swapped
 
 
 MUTANTS = {

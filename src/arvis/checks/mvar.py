@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes, swap_guidance
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.nn.adaln import Look, SelfAttention
 from arvis.nn.attention import attend
@@ -22,7 +22,6 @@ from arvis.nn.neighbourhood import InsideScales
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
 from arvis.rows import render
-from arvis.state import State
 from arvis.systems.mvar import MVAR, PRESETS, MVARConfig, MVARSampling, VARConfig, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
@@ -259,19 +258,6 @@ def cut_windows(trained: Trained) -> None:
         return attend(q, k, v, near[None, None], scale)
 
     _look(trained.system, cut)
-
-
-def swap_guidance(trained: Trained) -> None:
-    """Guidance leads away from the condition."""
-    system = trained.system
-    start = system.start
-
-    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> State:
-        s = start(cond, sampling, noise, layout, given)
-        s.weights = s.weights.flip(-1)
-        return s
-
-    system.start = swapped
 
 
 MUTANTS = {

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes, swap_guidance
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
 from arvis.noise import Noise
 from arvis.rows import Rows, same
-from arvis.state import State
 from arvis.systems.var import PRESETS, VAR, VARConfig, VARSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
@@ -188,19 +186,6 @@ def reverse_order(trained: Trained) -> None:
     """The tokens of a scale are laid out from its end to its beginning."""
     tokenizer = trained.system.tokenizer
     tokenizer.embed = lambda tokens_BnS: tokenizer.quantize.embedding(tokens_BnS[..., 0].flip(1))
-
-
-def swap_guidance(trained: Trained) -> None:
-    """Guidance leads away from the condition."""
-    system = trained.system
-    start = system.start
-
-    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> State:
-        s = start(cond, sampling, noise, layout, given)
-        s.weights = s.weights.flip(-1)
-        return s
-
-    system.start = swapped
 
 
 MUTANTS = {
