@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from arvis import systems
 from arvis.config import from_dict
 from arvis.published import Preset
+from arvis.state import Compilable
+from arvis.training import compiled
 from arvis.weights import (
     SAME_NAMES,
     Hub,
@@ -213,6 +215,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"there is no {device} on this machine (`arvis doctor` says what there is); use cpu or auto")
     return found
+
+
+def compile_steps(system: Any, name: str) -> None:
+    """Let the steps of a system run as one compiled graph, where the machine can compile. ValueError for a system whose
+    steps have no one shape."""
+    device = next(system.parameters()).device
+    if not isinstance(system, Compilable):
+        raise ValueError(f"compile is for systems of one code per step, and {name} is none: leave it out")
+    if lack := compiled.missing(device):
+        _log.warning("torch.compile is off: %s; steps run as they are", lack)
+    else:
+        system.compile_step()
 
 
 def empty(slug: str, config: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,14 +17,13 @@ from torch import Tensor
 from arvis.config import from_dict, to_dict
 from arvis.data.images import centre_crop, read_image, to_network, to_pil, to_tensor
 from arvis.editing import Box, box_picture, keep_tokens, refuse_other_axes
-from arvis.loading import Loaded, by_name, from_folder, picture_size, resolve_device, with_adapters
+from arvis.loading import Loaded, by_name, compile_steps, from_folder, picture_size, resolve_device, with_adapters
 from arvis.nn import packed
 from arvis.nn.rounded import STORES, Bits
 from arvis.noise import Noise
 from arvis.search import Search
-from arvis.state import Compilable, Parallel, Resizable
+from arvis.state import Parallel, Resizable
 from arvis.tokens import Layout, Pin
-from arvis.training import compiled
 from arvis.training.precision import Choice, Precision, pick
 from arvis.walk import likelihood, walk
 from arvis.weights import save_pretrained
@@ -40,8 +38,6 @@ RANGES = {"temperature": (0.0, math.inf), "top_k": (0, math.inf), "top_p": (0.0,
 """What sampling settings of these names can be, in every system that has them; 0 turns the filters off."""
 
 Picture = Image.Image | str | Path
-
-_log = logging.getLogger("arvis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +91,10 @@ class Model:
         for role, part in self.system.parts().items() if self.fast and offload is None else ():
             packed.pack(part, STORES[quantize] if quantize and role != "tokenizer" else packed.Forms)
         if compile:
-            self._compile(name)
+            compile_steps(self.system, name)
         self.slug, self.name, self.config = slug, name, config
         self.settings, self.source = dict(settings), dict(source)
         self.precision: Precision = pick(self.device, precision)
-
-    def _compile(self, name: str) -> None:
-        if not isinstance(self.system, Compilable):
-            raise ValueError(f"compile is for systems of one code per step, and {name} is none: leave it out")
-        if lack := compiled.missing(self.device):
-            _log.warning("torch.compile is off: %s; steps run as they are", lack)
-        else:
-            self.system.compile_step()
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, swap_guidance
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.data.images import to_bytes
 from arvis.denoise import ddpm
@@ -366,19 +366,6 @@ def draw_twice(trained: Trained) -> None:
         return s
 
     system.start = started
-
-
-def swap_guidance(trained: Trained) -> None:
-    """Guidance leads away from the condition."""
-    system = trained.system
-    start = system.start
-
-    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> Any:
-        s = start(cond, sampling, noise, layout, given)
-        s.weights = s.weights.flip(-1)
-        return s
-
-    system.start = swapped
 
 
 def halve_latents(trained: Trained) -> None:

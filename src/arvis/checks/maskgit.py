@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, swap_guidance
 from arvis.checks.digits import CLASSES, Digits, digits
 from arvis.dist import Guess
 from arvis.noise import Noise
@@ -290,18 +290,6 @@ def forget_the_given(trained: Trained) -> None:
     """Given codes are not looked at."""
     start = trained.system.start
     trained.system.start = lambda cond, sampling, noise, layout=None, given=None: start(cond, sampling, noise, layout)
-
-
-def swap_guidance(trained: Trained) -> None:
-    """Guidance leads away from the condition."""
-    start = trained.system.start
-
-    def swapped(*args: Any, **given: Any) -> State:
-        s = start(*args, **given)
-        s.weights = s.weights.flip(-1)
-        return s
-
-    trained.system.start = swapped
 
 
 MUTANTS = {

@@ -72,9 +72,8 @@ def bench(
 
     from arvis import cost
     from arvis.config import override
-    from arvis.loading import empty, resolve_device
+    from arvis.loading import compile_steps, empty, resolve_device
     from arvis.nn.packed import pack
-    from arvis.state import Compilable
     from arvis.training.precision import pick
 
     if repeats < 1 or any(b < 1 for b in batch):
@@ -89,10 +88,8 @@ def bench(
     shape, machine = empty(slug, preset.config()).eval(), cost.measure(chosen.dtype, place)
     if not plain:
         pack(system)
-    if compile and not isinstance(system, Compilable):
-        raise ValueError(f"compile is for systems of one code per step, and {full} is none: leave it out")
     if compile:
-        system.compile_step()
+        compile_steps(system, full)
     print(f"{full} on {place}: {chosen.reason}")
     for count in batch:
         runs = []
