@@ -1,6 +1,7 @@
 """`load` and `Model`: equal requests give equal pictures, parts are painted anew, folders come back bit for bit."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,3 +248,17 @@ def test_an_unknown_field_of_a_configuration_is_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(header))
     with pytest.raises(ConfigError, match=r"did you mean scale\.depth"):
         arvis.load(folder)
+
+
+def test_while_shapes_are_built_the_host_still_draws(monkeypatch) -> None:
+    """Rows that a network makes on the host hold numbers, and not whatever the memory held."""
+    seen = {}
+
+    def build(config: object) -> torch.nn.Linear:
+        zeros = torch.zeros(8, device="cpu")
+        seen["host"] = zeros.normal_(generator=torch.Generator("cpu").manual_seed(0))
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(loading.systems, "system", lambda slug: SimpleNamespace(build=build))
+    assert loading.empty("any", None).weight.is_meta
+    assert torch.equal(seen["host"], torch.randn(8, generator=torch.Generator().manual_seed(0)))

@@ -236,10 +236,15 @@ def empty(slug: str, config: Any) -> Any:
 
 
 class _Valueless(TorchFunctionMode):
-    """Draws nothing: random values of meta tensors are none, but asking for them imports a second of compiler."""
+    """Draws nothing on the meta device: there are no values, but asking for them imports a second of compiler.
+
+    Numbers that a network makes on the host while it is built are drawn as ever.
+    """
 
     DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, Tensor.normal_, Tensor.uniform_)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return (*args, *kwargs.values())[0] if func in self.DRAWS else func(*args, **kwargs)
+        if func in self.DRAWS and (tensor := (*args, *kwargs.values())[0]).is_meta:
+            return tensor
+        return func(*args, **kwargs)
