@@ -2,12 +2,15 @@
 
 import ast
 import re
+import shlex
 import tomllib
+from functools import wraps
 from pathlib import Path
 
 import pytest
 
 import arvis
+from arvis import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -28,6 +31,23 @@ def test_links_lead_somewhere(page):
 def test_python_in_the_texts_is_python(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         ast.parse(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_in_the_texts_is_one(page, monkeypatch):
+    """Each takes the words and options that are shown with it; nothing is run."""
+    taken = []
+
+    def noted(command):
+        return wraps(command)(lambda *words, **options: taken.append((words, options)))
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: noted(command) for name, command in cli.COMMANDS.items()})
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if line.startswith("arvis ") and line != "arvis --version"]
+    for line in lines:
+        cli.main(shlex.split(line, comments=True)[1:])
+    assert len(taken) == len(lines)
 
 
 def test_every_make_target_that_is_shown_exists():
