@@ -1,6 +1,6 @@
 """The check of collaborative decoding: each mutant moves the claim that is there for it, before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,14 +8,15 @@ import torch
 from arvis import checks
 from arvis.checks import code
 from arvis.checks.code import Length, Trained
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
+
+broken = partial(checks.broken, code)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then strong random weights and codes, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     length = Length(tokenizer=2, large=2, distilled=2, specialised=2)
     trained = code.train(lambda: steps.append(1), length, data)
     assert len(steps) == 10
@@ -25,12 +26,6 @@ def brief() -> Trained:
             torch.nn.init.normal_(p, 0.0, 0.1)
     torch.nn.init.normal_(trained.pair.tokenizer.quantize.embedding.weight)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    code.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

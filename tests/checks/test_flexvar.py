@@ -1,33 +1,28 @@
 """The check of FlexVAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import flexvar
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.flexvar import LARGE, LONG, SHORT, Length, Trained
+
+broken = partial(checks.broken, flexvar)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then a transformer with strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:24], whole.test_labels[:24])
+    steps, data = [], digits().first(96, 24)
     trained = flexvar.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2), data)
     assert len(steps) == 4
     torch.manual_seed(0)
     for p in trained.system.transformer.parameters():
         torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    flexvar.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

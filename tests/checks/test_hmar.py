@@ -1,22 +1,23 @@
 """The check of HMAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import hmar
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.hmar import Length, Trained
 from arvis.noise import Noise
+
+broken = partial(checks.broken, hmar)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of everything on 96 digits; then transformers with strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     trained = hmar.train(lambda: steps.append(1), Length(tokenizer=2, scales=2, mask=2), data)
     assert len(steps) == 8
     assert not trained.system.transformer.scales.word.weight.requires_grad, "stage 2 must freeze stage 1"
@@ -24,12 +25,6 @@ def brief() -> Trained:
     for p in trained.system.transformer.parameters():
         torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    hmar.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

@@ -1,22 +1,23 @@
 """The check of M-VAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import m_var
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.m_var import Length, Trained
 from arvis.checks.var import cached, conditioned
+
+broken = partial(checks.broken, m_var)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     trained = m_var.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2, batch=4), data)
     assert len(steps) == 6
     torch.manual_seed(0)
@@ -24,12 +25,6 @@ def brief() -> Trained:
         for p in system.transformer.parameters():
             torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    m_var.MUTANTS[mutant](out)
-    return out
 
 
 def test_the_twin_has_the_same_tokenizer_and_no_scan(brief):

@@ -1,35 +1,30 @@
 """The check of MAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import mar
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.mar import Length, Trained
 from arvis.noise import Noise
 from arvis.systems.mar import MARSampling
+
+broken = partial(checks.broken, mar)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then networks with strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     trained = mar.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2, head=2), data)
     assert len(steps) == 6
     torch.manual_seed(0)
     for p in (*trained.system.transformer.parameters(), *trained.head.parameters()):
         torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    mar.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

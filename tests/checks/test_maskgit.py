@@ -1,23 +1,24 @@
 """The check of MaskGIT: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import maskgit
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.maskgit import Length, Trained
 from arvis.noise import Noise
 from arvis.systems.maskgit import MaskGITSampling
+
+broken = partial(checks.broken, maskgit)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then a transformer with strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:24], whole.test_labels[:24])
+    steps, data = [], digits().first(96, 24)
     trained = maskgit.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2), data)
     assert len(steps) == 4
     torch.manual_seed(0)
@@ -25,12 +26,6 @@ def brief() -> Trained:
         if "norm" not in name:
             torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    maskgit.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

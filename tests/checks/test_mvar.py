@@ -1,35 +1,30 @@
 """The check of MVAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import mvar
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.mvar import Length, Trained
 from arvis.noise import Noise
 from arvis.systems.mvar import MVARSampling
+
+broken = partial(checks.broken, mvar)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Few updates on 96 digits; then a transformer with strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     trained = mvar.train(lambda: steps.append(1), Length(tokenizer=2, visits=1), data)
     assert len(steps) == 2 + 3 + 1
     torch.manual_seed(0)
     for p in trained.system.transformer.parameters():
         torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    mvar.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

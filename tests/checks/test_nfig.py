@@ -1,6 +1,6 @@
 """The check of NFIG: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from arvis import checks
 from arvis.checks import nfig
 from arvis.checks.digits import Digits
 from arvis.checks.nfig import Length, Trained
+
+broken = partial(checks.broken, nfig)
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +23,6 @@ def brief() -> Trained:
     trained = nfig.train(lambda: steps.append(1), Length(tokenizer=2), data)
     assert len(steps) == 4
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    nfig.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

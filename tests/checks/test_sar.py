@@ -1,30 +1,25 @@
 """The check of SAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import sar
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.sar import Length, Trained
+
+broken = partial(checks.broken, sar)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """One update of each stage and of each copy, on 96 digits."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:24], whole.test_labels[:24])
+    steps, data = [], digits().first(96, 24)
     trained = sar.train(lambda: steps.append(1), Length(tokenizer=1, transformer=1, apart=1), data)
     assert len(steps) == 4
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    sar.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The check of the search over paths: with a tiny model, each mutant moves the claim that is there for it."""
 
-import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from arvis.checks import tts_var
 from arvis.checks.tts_var import Trained
 from arvis.systems import system as module_of
 from arvis.systems.tts_var import TTSVARConfig
+
+broken = partial(checks.broken, tts_var)
 
 
 @pytest.fixture
@@ -32,12 +34,6 @@ def tiny(monkeypatch) -> Trained:
     few = TTSVARConfig(paths=(6, 6, 2, 2, 2), cluster=(), resample=(2,), strength=200.0)
     monkeypatch.setattr(tts_var, "EARLY", few)
     return Trained(system)
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    tts_var.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

@@ -1,34 +1,30 @@
 """The check of VAR: each mutant moves the claim that is there for it, also before much is learned."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import var
-from arvis.checks.var import Digits, Length, Trained
+from arvis.checks.digits import digits
+from arvis.checks.var import Length, Trained
 from arvis.noise import Noise
 from arvis.systems.var import VARSampling
+
+broken = partial(checks.broken, var)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then a transformer with strong random weights, so that much can break."""
-    whole, steps = var.digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     trained = var.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2), data)
     assert len(steps) == 4
     torch.manual_seed(0)
     for p in trained.system.transformer.parameters():
         torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    var.MUTANTS[mutant](out)
-    return out
 
 
 @torch.no_grad()

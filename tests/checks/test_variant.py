@@ -1,21 +1,23 @@
 """The check of VARiant: each mutant moves the claim that is there for it, also before much is learned."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from arvis import checks
 from arvis.checks import variant
-from arvis.checks.digits import Digits, digits
+from arvis.checks.digits import digits
 from arvis.checks.variant import FEW, Length, Trained
+
+broken = partial(checks.broken, variant)
 
 
 @pytest.fixture(scope="module")
 def brief() -> Trained:
     """Two updates of each stage on 96 digits; then a transformer with strong random weights, so that much can break."""
-    whole, steps = digits(), []
-    data = Digits(whole.images[:96], whole.labels[:96], whole.test_images[:48], whole.test_labels[:48])
+    steps, data = [], digits().first(96, 48)
     trained = variant.train(lambda: steps.append(1), Length(tokenizer=2, transformer=2, progressive=4), data)
     assert len(steps) == 8
     assert trained.whole_joint > 0 and trained.few_before != trained.whole_before
@@ -23,12 +25,6 @@ def brief() -> Trained:
     for p in trained.system.base.transformer.parameters():
         torch.nn.init.normal_(p, 0.0, 0.1)
     return trained
-
-
-def broken(trained: Trained, mutant: str) -> Trained:
-    out = copy.deepcopy(trained)
-    variant.MUTANTS[mutant](out)
-    return out
 
 
 def test_a_copy_has_weights_of_its_own(brief):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from arvis import load
 from arvis.checks.claims import Claim, OnStep, at_least, at_most
+from arvis.checks.mutants import forget_scales, zero_head
 from arvis.data.emoji import Emoji, load_emoji
 from arvis.data.images import to_bytes, to_network
 from arvis.evaluation.emoji import Nearest
 from arvis.evaluation.metrics import psnr
 from arvis.noise import Noise
-from arvis.rows import same
 from arvis.walk import finish, generate
 
 NAMES = 48
@@ -93,24 +93,9 @@ def painted(system: Any, world: Emoji, names: list[str]) -> list[Claim]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(system: Any) -> None:
-    """Every code is as likely as any other."""
-    system.transformer.head.linear.weight.data.zero_()
-    system.transformer.head.linear.bias.data.zero_()
-
-
 def ignore_words(system: Any) -> None:
     """Every word is the same."""
     system.transformer.conditioner.encoder.piece.weight.data.fill_(0.1)
-
-
-def forget_cache(system: Any) -> None:
-    """While sampling, a scale sees itself alone."""
-    transformer = system.transformer
-    forward = transformer.forward
-    transformer.forward = lambda c, x_BNC, first, last, see, cache=None: forward(
-        c, x_BNC, first, last, see if cache is None else same, cache
-    )
 
 
 def shuffle_codebook(system: Any) -> None:
@@ -128,7 +113,7 @@ def drop_scale(system: Any) -> None:
 MUTANTS: dict[str, Callable[[Any], None]] = {
     "zeroed head": zero_head,
     "ignored words": ignore_words,
-    "forgotten cache": forget_cache,
+    "forgotten cache": forget_scales,
     "shuffled codebook": shuffle_codebook,
     "dropped scale": drop_scale,
 }

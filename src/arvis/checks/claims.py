@@ -101,19 +101,11 @@ def run(slug: str, mutants: bool = False, on_step: OnStep | None = None) -> list
 
 def notice(check: Check, trained: Any, mutant: str) -> list[Claim]:
     """The claims that fail on a broken copy of what was trained."""
-    broken = copy.deepcopy(trained)
-    check.MUTANTS[mutant](broken)
-    return [claim for claim in check.examine(broken) if not claim.ok]
+    return [claim for claim in check.examine(broken(check, trained, mutant)) if not claim.ok]
 
 
-def swap_guidance(trained: Any) -> None:
-    """A mutant of every guided system: guidance leads away from the condition."""
-    system = trained.system
-    start = system.start
-
-    def swapped(cond: Any, sampling: Any, noise: Any, layout: Any = None, given: Any = None) -> Any:
-        s = start(cond, sampling, noise, layout, given)
-        s.weights = s.weights.flip(-1)
-        return s
-
-    system.start = swapped
+def broken(check: Check, trained: Any, mutant: str) -> Any:
+    """A copy of what was trained, broken by a mutant."""
+    copied = copy.deepcopy(trained)
+    check.MUTANTS[mutant](copied)
+    return copied

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import forget_scales, ignore_class, ignore_order, zero_head
 from arvis.noise import Noise
-from arvis.rows import Rows, same
 from arvis.state import State
 from arvis.systems.code import (
     PRESETS,
@@ -231,35 +231,10 @@ def _chi_square(counts: Tensor, probs: Tensor) -> float:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_refiner(trained: Trained) -> None:
-    """Every fine code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.pair.get_parameter(f"refiner.head.linear.{name}").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
+def ignore_classes(trained: Trained) -> None:
+    """Neither model knows the class."""
     for name in ("drafter", "refiner"):
-        rows = trained.pair.get_parameter(f"{name}.conditioner.embedding.weight").data
-        rows.copy_(rows[-1].clone())
-
-
-def ignore_mask(trained: Trained) -> None:
-    """In the pass over what was drafted every scale sees the finer ones."""
-    trained.pair.models["refiner"].see = _everything
-
-
-def _everything(q: Rows, k: Rows) -> Tensor:
-    return (k.step <= q.step) | (k.step > q.step)
-
-
-def forget_cache(trained: Trained) -> None:
-    """While sampling, a scale of the refiner sees itself alone."""
-    transformer = trained.pair.models["refiner"].transformer
-    forward = transformer.forward
-    transformer.forward = lambda c, x_BNC, first, last, see, cache=None: forward(
-        c, x_BNC, first, last, see if cache is None else same, cache
-    )
+        ignore_class(trained.pair, f"{name}.conditioner")
 
 
 def forget_draft(trained: Trained) -> None:
@@ -297,10 +272,10 @@ def swap(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed refiner": zero_refiner,
-    "ignored condition": ignore_condition,
-    "ignored mask": ignore_mask,
-    "forgotten cache": forget_cache,
+    "zeroed refiner": lambda trained: zero_head(trained.pair, "refiner.head.linear"),
+    "ignored condition": ignore_classes,
+    "ignored mask": lambda trained: ignore_order(trained.pair.models["refiner"]),
+    "forgotten cache": lambda trained: forget_scales(trained.pair.models["refiner"]),
     "forgotten draft": forget_draft,
     "no hand-over": never_hand_over,
     "swapped models": swap,

@@ -31,6 +31,12 @@ class Digits(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
 
+    def first(self, count: int, test_count: int) -> Digits:
+        """So many of each part."""
+        return Digits(
+            self.images[:count], self.labels[:count], self.test_images[:test_count], self.test_labels[:test_count]
+        )
+
     def recognised(self, images: Tensor, labels: Tensor, neighbours: int = 5) -> float:
         """The share of images that a vote of the nearest real training images takes for their label."""
         distance = torch.cdist(images.mean(1).flatten(1), self.images.mean(1).flatten(1))

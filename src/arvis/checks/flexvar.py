@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes, swap_guidance
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits
+from arvis.checks.mutants import forget_scales, ignore_class, ignore_order, of_system, swap_guidance, zero_head
 from arvis.noise import Noise
 from arvis.quant.multiscale import area, to_rows
-from arvis.rows import Rows, same
 from arvis.systems.flexvar import (
     PRESETS,
     FlexVAR,
@@ -231,36 +231,6 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
-def ignore_mask(trained: Trained) -> None:
-    """In one pass every scale sees the finer ones."""
-    trained.system.see = _everything
-
-
-def _everything(q: Rows, k: Rows) -> Tensor:
-    return (k.step <= q.step) | (k.step > q.step)
-
-
-def forget_cache(trained: Trained) -> None:
-    """While sampling, a scale sees itself alone."""
-    transformer = trained.system.transformer
-    forward = transformer.forward
-    transformer.forward = lambda c, x_BNC, layout, first, last, see, cache=None: forward(
-        c, x_BNC, layout, first, last, see if cache is None else same, cache
-    )
-
-
 def code_residuals(trained: Trained) -> None:
     """Each scale codes what the coarser ones left over."""
     tokenizer = trained.system.tokenizer
@@ -292,12 +262,12 @@ def crop_positions(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
-    "ignored mask": ignore_mask,
-    "forgotten cache": forget_cache,
+    "zeroed head": of_system(zero_head),
+    "ignored condition": of_system(ignore_class),
+    "ignored mask": of_system(ignore_order),
+    "forgotten cache": of_system(forget_scales),
     "residual codes": code_residuals,
     "blind input": blind_input,
     "cropped positions": crop_positions,
-    "swapped guidance": swap_guidance,
+    "swapped guidance": of_system(swap_guidance),
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import ignore_class, of_system, zero_head
 from arvis.checks.var import config as plain_config
 from arvis.dist import Categorical
 from arvis.nn import neighbourhood
@@ -235,18 +236,6 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.scales.head.linear.{name}").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.scales.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
 def ignore_rule(trained: Trained) -> None:
     """Every row of a call sees every other."""
     look(trained.system.transformer.scales, lambda q, k, v, call, scale: attend(q, k, v, None, scale))
@@ -279,8 +268,8 @@ def hide_all(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
+    "zeroed head": of_system(zero_head, "transformer.scales.head.linear"),
+    "ignored condition": of_system(ignore_class, "transformer.scales.conditioner"),
     "ignored rule": ignore_rule,
     "untrained branch": forget_learned_branch,
     "branch told nothing": tell_nothing,

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
+from arvis.checks.mutants import forget_scales, ignore_order, ignore_text, of_system, zero_head
 from arvis.data.emoji import load_emoji
 from arvis.data.images import to_network
 from arvis.nn.text import TextConfig, word_ids
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
-from arvis.rows import Rows, same
 from arvis.state import Cond
 from arvis.systems.infinity import PRESETS, CaptionConfig, Infinity, InfinityConfig, InfinitySampling, build
 from arvis.tokenizers.bits import BitPyramidConfig
@@ -238,45 +238,11 @@ def _psnr(images: Tensor, wanted: Tensor) -> float:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every bit is as likely as its opposite."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
 def reverse_outcomes(trained: Trained) -> None:
     """The logit of bit 0 is taken for that of bit 1."""
     for name in ("weight", "bias"):
         head = trained.system.get_parameter(f"transformer.head.linear.{name}").data
         head.copy_(head.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
-
-
-def ignore_text(trained: Trained) -> None:
-    """Every caption is "no caption"."""
-    conditioner: Any = trained.system.transformer.conditioner
-    forward = conditioner.forward
-    conditioner.forward = lambda cond, null_B: forward(None, null_B)
-
-
-def ignore_mask(trained: Trained) -> None:
-    """In one pass every scale sees the finer ones."""
-    trained.system.see = _everything
-
-
-def _everything(q: Rows, k: Rows) -> Tensor:
-    return (k.step <= q.step) | (k.step > q.step)
-
-
-def forget_cache(trained: Trained) -> None:
-    """While sampling, a scale sees itself alone."""
-    transformer: Any = trained.system.transformer
-    forward = transformer.forward
-
-    def forgetful(*given: Any) -> Tensor:
-        c, x, layout, first, last, see, *rest = given
-        return forward(c, x, layout, first, last, same if rest else see, *rest)
-
-    transformer.forward = forgetful
 
 
 def forget_scale(trained: Trained) -> None:
@@ -314,11 +280,11 @@ def invert_codes(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
+    "zeroed head": of_system(zero_head),
     "reversed outcomes": reverse_outcomes,
-    "ignored text": ignore_text,
-    "ignored mask": ignore_mask,
-    "forgotten cache": forget_cache,
+    "ignored text": of_system(ignore_text),
+    "ignored mask": of_system(ignore_order),
+    "forgotten cache": of_system(forget_scales),
     "forgotten scale": forget_scale,
     "kept labels": keep_labels,
     "no residual": drop_residual,

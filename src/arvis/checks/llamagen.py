@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits
+from arvis.checks.mutants import ignore_class, ignore_order, of_system, zero_head
 from arvis.next_token import NextToken
 from arvis.nn.cache import Cache
 from arvis.nn.llama import rotary_grid
 from arvis.nn.trunk import Call
 from arvis.noise import Noise
-from arvis.rows import Rows
 from arvis.systems.llamagen import PRESETS, LlamaGenConfig, LlamaGenSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.grid import GridVQConfig
@@ -251,26 +251,6 @@ def _gap(a: Tensor, b: Tensor) -> float:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    trained.system.get_parameter("transformer.output.weight").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
-def ignore_mask(trained: Trained) -> None:
-    """In one pass every row sees the later ones."""
-    trained.system.see = _everything
-
-
-def _everything(q: Rows, k: Rows) -> Tensor:
-    return (k.step <= q.step) | (k.step > q.step)
-
-
 def forget_cache(trained: Trained) -> None:
     """While sampling, a row sees itself alone."""
     transformer = trained.system.transformer
@@ -316,9 +296,9 @@ def always_double(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
-    "ignored mask": ignore_mask,
+    "zeroed head": of_system(zero_head, "transformer.output"),
+    "ignored condition": of_system(ignore_class),
+    "ignored mask": of_system(ignore_order),
     "forgotten cache": forget_cache,
     "condition not switched off": still_condition,
     "wrong order": reverse_order,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
 from arvis.checks.digits import Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import ignore_class, of_system, zero_head
 from arvis.checks.var import cached, conditioned
 from arvis.checks.var import config as scale_config
 from arvis.nn.adaln import masked
@@ -251,24 +252,12 @@ def look_everywhere(trained: Trained) -> None:
             block.attn.look = masked
 
 
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
 MUTANTS = {
     "no scan": drop_scan,
     "forgotten state": forget_state,
     "forgotten convolution": forget_convolution,
     "scan from fine to coarse": scan_backward,
     "attention across scales": look_everywhere,
-    "ignored condition": ignore_condition,
-    "zeroed head": zero_head,
+    "ignored condition": of_system(ignore_class),
+    "zeroed head": of_system(zero_head),
 }

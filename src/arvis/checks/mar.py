@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, swap_guidance
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
 from arvis.checks.digits import CLASSES, Digits, digits
+from arvis.checks.mutants import of_system, swap_guidance
 from arvis.data.images import to_bytes
 from arvis.denoise import ddpm
 from arvis.diffusion import strided
@@ -382,6 +383,6 @@ MUTANTS = {
     "hidden tokens shown": show_hidden,
     "known tokens forgotten": forget_known,
     "a set drawn twice": draw_twice,
-    "swapped guidance": swap_guidance,
+    "swapped guidance": of_system(swap_guidance),
     "halved latents": halve_latents,
 }

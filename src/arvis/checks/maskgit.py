@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, swap_guidance
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
 from arvis.checks.digits import CLASSES, Digits, digits
+from arvis.checks.mutants import ignore_class, of_system, swap_guidance
 from arvis.dist import Guess
 from arvis.noise import Noise
 from arvis.orders import cosine_counts
@@ -254,12 +255,6 @@ def zero_head(trained: Trained) -> None:
         trained.system.transformer.get_parameter(name).data.zero_()
 
 
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.transformer.get_parameter("conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
 def see_hidden(trained: Trained) -> None:
     """The network reads hidden codes."""
     _replace_known(trained.system.transformer, torch.ones_like)
@@ -294,11 +289,11 @@ def forget_the_given(trained: Trained) -> None:
 
 MUTANTS = {
     "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
+    "ignored condition": of_system(ignore_class),
     "hidden codes seen": see_hidden,
     "known codes not seen": see_nothing,
     "everything kept at once": keep_all,
     "wrong order": keep_the_least_sure,
     "given codes forgotten": forget_the_given,
-    "swapped guidance": swap_guidance,
+    "swapped guidance": of_system(swap_guidance),
 }

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes, swap_guidance
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import ignore_class, of_system, swap_guidance, zero_head
 from arvis.nn.adaln import Look, SelfAttention
 from arvis.nn.attention import attend
 from arvis.nn.neighbourhood import InsideScales
@@ -214,18 +215,6 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
 def _look(module: nn.Module, way: Look) -> None:
     for part in module.modules():
         if isinstance(part, SelfAttention):
@@ -261,10 +250,10 @@ def cut_windows(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
+    "zeroed head": of_system(zero_head),
+    "ignored condition": of_system(ignore_class),
     "ignored rule": ignore_rule,
     "whole scales seen": ignore_windows,
     "windows cut at borders": cut_windows,
-    "swapped guidance": swap_guidance,
+    "swapped guidance": of_system(swap_guidance),
 }

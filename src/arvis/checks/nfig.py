@@ -19,7 +19,8 @@ from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, learn_pictures
-from arvis.checks.var import cached, forget_cache
+from arvis.checks.mutants import add_nothing, forget_scales, of_system
+from arvis.checks.var import cached
 from arvis.noise import Noise
 from arvis.quant.bands import BandTarget, band, low_pass, rings
 from arvis.quant.multiscale import area_target, to_rows
@@ -207,17 +208,11 @@ def forget_rest(trained: Trained) -> None:
     trained.system.tokenizer.quantize.target = target
 
 
-def drop_sum(trained: Trained) -> None:
-    """Each level replaces the sum instead of adding to it."""
-    tokenizer: Any = trained.system.tokenizer
-    tokenizer.accumulate_soft = lambda f, h_BnC, k, layout: tokenizer.quantize.spread(h_BnC, k, layout)
-
-
 MUTANTS: dict[str, Callable[[Any], None]] = {
     "ignored masks": ignore_masks,
     "shifted bands": shift_bands,
     "reversed bands": reverse_bands,
     "forgotten rest": forget_rest,
-    "no sum": drop_sum,
-    "forgotten cache": forget_cache,
+    "no sum": of_system(add_nothing),
+    "forgotten cache": of_system(forget_scales),
 }

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import forget_scales, ignore_text, of_system, zero_head
 from arvis.nn.attention import rotate
 from arvis.nn.rotary_scales import normalised_table
 from arvis.nn.text import TextConfig
 from arvis.noise import Noise
 from arvis.reveal import Revealed
-from arvis.rows import same
 from arvis.systems.star import PRESETS, STAR, Inside, STARConfig, STARSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.patch import PatchConfig
@@ -247,28 +247,6 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
-def ignore_words(trained: Trained) -> None:
-    """Every prompt is the empty one."""
-    conditioner: Any = trained.system.transformer.conditioner
-    forward = conditioner.forward
-    conditioner.forward = lambda cond, null_B: forward(None, null_B)
-
-
-def forget_cache(trained: Trained) -> None:
-    """While sampling, a scale sees itself alone."""
-    transformer: Any = trained.system.transformer
-    forward = transformer.forward
-    transformer.forward = lambda c, x, first, last, see, cache=None: forward(
-        c, x, first, last, see if cache is None else same, cache
-    )
-
-
 def count_cells(trained: Trained) -> None:
     """Positions are numbers of cells, in every scale from 0 to its own end."""
     t = trained.system.transformer
@@ -313,9 +291,9 @@ def draw_again(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored words": ignore_words,
-    "forgotten cache": forget_cache,
+    "zeroed head": of_system(zero_head),
+    "ignored words": of_system(ignore_text),
+    "forgotten cache": of_system(forget_scales),
     "counted cells": count_cells,
     "sampler that sees nothing": see_nothing,
     "one step": place_at_once,

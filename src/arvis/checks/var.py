@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
-from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes, swap_guidance
+from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import (
+    add_nothing,
+    forget_scales,
+    ignore_class,
+    ignore_order,
+    of_system,
+    swap_guidance,
+    zero_head,
+)
 from arvis.noise import Noise
-from arvis.rows import Rows, same
 from arvis.systems.var import PRESETS, VAR, VARConfig, VARSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
@@ -146,42 +153,6 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
-def ignore_mask(trained: Trained) -> None:
-    """In one pass every scale sees the finer ones."""
-    trained.system.see = _everything
-
-
-def _everything(q: Rows, k: Rows) -> Tensor:
-    return (k.step <= q.step) | (k.step > q.step)
-
-
-def forget_cache(trained: Trained) -> None:
-    """While sampling, a scale sees itself alone."""
-    transformer = trained.system.transformer
-    forward = transformer.forward
-    transformer.forward = lambda c, x_BNC, first, last, see, cache=None: forward(
-        c, x_BNC, first, last, see if cache is None else same, cache
-    )
-
-
-def drop_residual(trained: Trained) -> None:
-    """Each scale replaces the sum instead of adding to it."""
-    tokenizer = trained.system.tokenizer
-    tokenizer.accumulate_soft = lambda f, h_BnC, k, layout: tokenizer.quantize.spread(h_BnC, k, layout)
-
-
 def reverse_order(trained: Trained) -> None:
     """The tokens of a scale are laid out from its end to its beginning."""
     tokenizer = trained.system.tokenizer
@@ -189,11 +160,11 @@ def reverse_order(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
-    "ignored mask": ignore_mask,
-    "forgotten cache": forget_cache,
-    "no residual": drop_residual,
+    "zeroed head": of_system(zero_head),
+    "ignored condition": of_system(ignore_class),
+    "ignored mask": of_system(ignore_order),
+    "forgotten cache": of_system(forget_scales),
+    "no residual": of_system(add_nothing),
     "wrong order": reverse_order,
-    "swapped guidance": swap_guidance,
+    "swapped guidance": of_system(swap_guidance),
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly
 from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.mutants import ignore_class, of_system, zero_head
 from arvis.checks.var import config as scale_config
 from arvis.noise import Noise
 from arvis.systems.variant import ProgressConfig, Variant, VariantConfig, build
@@ -200,18 +201,6 @@ def _blocks(system: Variant) -> list[nn.Module]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def zero_head(trained: Trained) -> None:
-    """Every code is as likely as any other."""
-    for name in ("weight", "bias"):
-        trained.system.get_parameter(f"transformer.head.linear.{name}").data.zero_()
-
-
-def ignore_condition(trained: Trained) -> None:
-    """Every class has the row of "no class"."""
-    rows = trained.system.get_parameter("transformer.conditioner.embedding.weight").data
-    rows.copy_(rows[-1].clone())
-
-
 def ignore_depth(trained: Trained) -> None:
     """Late scales pass all layers, whatever is asked for."""
     system = trained.system
@@ -261,8 +250,8 @@ def pass_neighbours(trained: Trained) -> None:
 
 
 MUTANTS = {
-    "zeroed head": zero_head,
-    "ignored condition": ignore_condition,
+    "zeroed head": of_system(zero_head),
+    "ignored condition": of_system(ignore_class),
     "ignored depth": ignore_depth,
     "early scales cut short": skip_early,
     "forgotten keys": keep_nothing,
