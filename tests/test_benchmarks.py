@@ -80,6 +80,7 @@ def test_the_table_divides_by_the_quicker_official_format() -> None:
     half |= {"floor_s": 0.5, "floor_share": 0.5, "peak_mb": 7, "kept_mb": 6}
     other = wide | {"machine": "n", "official_s": 1.0}
     assert best([wide, half, other], wide) == 1.5
+    assert best([wide, other], wide) is None
     lines = table([wide, half]).splitlines()
     assert lines[2] == "| a | 1 | float32 | 6.00 s | 2.00 s | 3.00 | 1.50 | - | - | - |"
     assert lines[3] == "| a | 1 | bfloat16 | 3.00 s | 1.00 s | 3.00 | 3.00 | 0.50 s | 50% | 7 MB, 6 MB |"

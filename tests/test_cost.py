@@ -43,6 +43,13 @@ def test_work_grows_with_the_batch_and_bytes_with_the_number_format(slug: str) -
     assert one.steps == four.steps >= 1 and one.working < four.working
 
 
+def test_the_work_of_a_call_is_that_of_its_phase() -> None:
+    with torch.device("meta"):
+        system = module_of("var").tiny().eval()
+    s = system.start(None, system.Sampling(), Noise.of(0, 2, "meta"))
+    assert cost.work(lambda: system.tokenizer.decode(s.tokens, s.layout)) == counted("var").phases["decode"] != []
+
+
 def test_the_floor_waits_for_arithmetic_or_for_memory() -> None:
     work = cost.Work([(100.0, 1.0), (1.0, 100.0)])
     machine = cost.Machine(device="cpu", dtype=torch.float32, flops=10.0, bandwidth=10.0)

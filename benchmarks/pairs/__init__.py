@@ -45,7 +45,7 @@ class Pair:
 
     `make(folder, dtype)` builds both sides. `agreement` in [0, 1] is compared with `least` by number format.
     A `preset`, what is `changed` in its configuration, and `settings` say what is counted for the floor and for memory;
-    nothing where it is "".
+    nothing where it is "". Where a pair is a `part` of a generation, `part(system, batch)` is the call that is counted.
     """
 
     make: Callable[[Path, torch.dtype], Sides]
@@ -53,6 +53,7 @@ class Pair:
     preset: str = ""
     changed: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    part: Callable[[Any, int], Callable[[], Any]] | None = None
     agreement: Callable[[Tensor, Tensor], float]
     least: dict[torch.dtype, float]
 
@@ -71,6 +72,18 @@ def known() -> dict[str, str]:
 def named(name: str) -> Pair:
     """A pair by its name."""
     return import_module(f"benchmarks.pairs.{known()[name]}").PAIRS[name]
+
+
+def encode(system: Any, batch: int) -> Callable[[], Any]:
+    """Of a system on the meta device: pictures of 256 pixels to tokens."""
+    images = torch.zeros(batch, 3, 256, 256, device="meta")
+    return lambda: system.tokenizer.encode(images)
+
+
+def decode(system: Any, batch: int) -> Callable[[], Any]:
+    """Of a system on the meta device: tokens to pictures."""
+    s = system.start(None, system.Sampling(), Noise.of(0, batch, "meta"))
+    return lambda: system.tokenizer.decode(s.tokens, s.layout)
 
 
 def inference(dtype: torch.dtype, *, ours: Run, official: Run) -> Sides:

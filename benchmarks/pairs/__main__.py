@@ -46,18 +46,22 @@ def seconds(run: Run, batch: int) -> float:
 
 
 @cache
-def counted(name: str, batch: int) -> cost.Cost:
-    """The work of a batch of a pair in float32."""
-    slug, config, settings = named(name).generation()
+def counted(name: str, batch: int) -> tuple[cost.Work, ...]:
+    """The work of a batch of a pair in float32, by phase."""
+    pair = named(name)
+    slug, config, settings = pair.generation()
     system = empty(slug, config).eval()
-    return cost.count(system, replace(system.Sampling(), **settings), batch)
+    if pair.part is not None:
+        return (cost.work(pair.part(system, batch)),)
+    return tuple(cost.count(system, replace(system.Sampling(), **settings), batch).phases.values())
 
 
 def floor(name: str, batch: int, dtype: torch.dtype) -> float:
     """The least seconds in which this machine could do the counted work; narrower numbers are fewer bytes."""
     machine, narrower = cost.measure(dtype), dtype.itemsize / torch.float32.itemsize
-    phases = counted(name, batch).phases.values()
-    return sum(cost.Work((flops, moved * narrower) for flops, moved in work).floor(machine) for work in phases)
+    return sum(
+        cost.Work((flops, moved * narrower) for flops, moved in work).floor(machine) for work in counted(name, batch)
+    )
 
 
 def peak(name: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
@@ -91,6 +95,7 @@ def rows(name: str, folder: Path, batches: list[int], dtype: torch.dtype, repeat
         if pair.preset:
             least = floor(name, batch, dtype)
             row |= {"floor_s": round(least, 4), "floor_share": round(least / ours, 3)}
+        if pair.preset and pair.part is None:
             row |= {f"{key}_mb": round(value) for key, value in peak(name, batch, dtype).items()}
         yield row
 
@@ -118,10 +123,10 @@ def commit() -> str:
     return told.stdout.strip()
 
 
-def best(results: list[dict[str, Any]], row: dict[str, Any]) -> float:
-    """How much sooner than the quicker of the official number formats."""
+def best(results: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
+    """How much sooner than the quicker of the official number formats; None where only one was timed."""
     same = [r for r in results if (r["name"], r["batch"], r["machine"]) == (row["name"], row["batch"], row["machine"])]
-    return min(r["official_s"] for r in same) / row["ours_s"]
+    return min(r["official_s"] for r in same) / row["ours_s"] if len(same) > 1 else None
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -138,7 +143,8 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{row['official_s']:.2f} s",
             f"{row['ours_s']:.2f} s",
         ]
-        cells += [f"{row['ratio']:.2f}", f"{best(results, row):.2f}", least, share, memory]
+        against = best(results, row)
+        cells += [f"{row['ratio']:.2f}", "-" if against is None else f"{against:.2f}", least, share, memory]
         lines.append(f"| {' | '.join(cells)} |")
     told = sorted({f"{row['machine']}; torch {row['versions']['torch']}; {row['date']}" for row in results})
     return "\n".join([*lines, "", *told])

@@ -36,6 +36,8 @@ from benchmarks.pairs import (
     Sides,
     autocast,
     closeness,
+    decode,
+    encode,
     equal_share,
     inference,
     near_pixels,
@@ -293,6 +295,22 @@ PAIRS = {
     f"{NAME}, 256 px training": Pair(
         make=lambda folder, dtype: training(4, "0.06M", folder, dtype), batches=(2,), agreement=same_update, least=CLOSE
     ),
-    "infinity encoding": Pair(make=encoding, batches=(4,), agreement=equal_share, least=EXACT),
-    "infinity decoding": Pair(make=decoding, batches=(4,), agreement=closeness, least=CLOSE),
+    "infinity encoding": Pair(
+        make=encoding,
+        batches=(4,),
+        preset="infinity-2b",
+        changed=changed(2, "0.06M"),
+        part=encode,
+        agreement=equal_share,
+        least=EXACT,
+    ),
+    "infinity decoding": Pair(
+        make=decoding,
+        batches=(4,),
+        preset="infinity-2b",
+        changed=changed(2, "0.06M"),
+        part=decode,
+        agreement=closeness,
+        least=CLOSE,
+    ),
 }

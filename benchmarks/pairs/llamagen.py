@@ -23,6 +23,8 @@ from benchmarks.pairs import (
     Sides,
     autocast,
     closeness,
+    decode,
+    encode,
     equal_share,
     ids,
     inference,
@@ -151,6 +153,10 @@ PAIRS = {
     "llamagen-l-256 training": Pair(
         make=lambda folder, dtype: training(16, folder, dtype), batches=(4,), agreement=same_update, least=CLOSE
     ),
-    "llamagen encoding": Pair(make=encoding, batches=(4,), agreement=equal_share, least=EXACT),
-    "llamagen decoding": Pair(make=decoding, batches=(4,), agreement=closeness, least=CLOSE),
+    "llamagen encoding": Pair(
+        make=encoding, batches=(4,), preset="llamagen-l-256", part=encode, agreement=equal_share, least=EXACT
+    ),
+    "llamagen decoding": Pair(
+        make=decoding, batches=(4,), preset="llamagen-l-256", part=decode, agreement=closeness, least=CLOSE
+    ),
 }

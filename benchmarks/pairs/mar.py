@@ -25,6 +25,8 @@ from benchmarks.pairs import (
     Sides,
     autocast,
     closeness,
+    decode,
+    encode,
     inference,
     on_path,
     pictures,
@@ -221,6 +223,6 @@ PAIRS = {
     "mar-b, 64 steps": _painting(64),
     "mar-b, 16 steps": _painting(16),
     "mar-b training": Pair(make=training, batches=(4,), agreement=same_update, least=CLOSE),
-    "mar encoding": Pair(make=encoding, batches=(4,), agreement=closeness, least=CLOSE),
-    "mar decoding": Pair(make=decoding, batches=(4,), agreement=closeness, least=CLOSE),
+    "mar encoding": Pair(make=encoding, batches=(4,), preset="mar-b", part=encode, agreement=closeness, least=CLOSE),
+    "mar decoding": Pair(make=decoding, batches=(4,), preset="mar-b", part=decode, agreement=closeness, least=CLOSE),
 }

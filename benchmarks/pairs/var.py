@@ -23,6 +23,8 @@ from benchmarks.pairs import (
     Sides,
     autocast,
     closeness,
+    decode,
+    encode,
     equal_share,
     ids,
     inference,
@@ -152,6 +154,8 @@ PAIRS = {
         agreement=same_update,
         least=CLOSE,
     ),
-    "var encoding": Pair(make=encoding, batches=(4,), agreement=equal_share, least=EXACT),
-    "var decoding": Pair(make=decoding, batches=(4,), agreement=closeness, least=CLOSE),
+    "var encoding": Pair(
+        make=encoding, batches=(4,), preset="var-d16", part=encode, agreement=equal_share, least=EXACT
+    ),
+    "var decoding": Pair(make=decoding, batches=(4,), preset="var-d16", part=decode, agreement=closeness, least=CLOSE),
 }

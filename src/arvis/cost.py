@@ -182,6 +182,14 @@ def count(system: Any, sampling: Any, batch: int = 1, dtype: torch.dtype = torch
     return cost
 
 
+@torch.inference_mode()
+def work(run: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Work:
+    """What a call on the meta device comes to in a number format."""
+    with Counting(dtype.itemsize) as counting:
+        run()
+    return counting.work
+
+
 def measure(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 1.5) -> Machine:
     """What the device does: the best of square matrix products, and of reading memory far larger than its caches."""
     size = 2048 if torch.device(device).type == "cuda" else 1024
