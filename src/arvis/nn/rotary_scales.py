@@ -146,7 +146,7 @@ class RotaryScaleTransformer(nn.Module):
 
     def once(self, c: Condition) -> Condition:
         """The condition with the vectors of all blocks."""
-        return made_ahead(c, self.trunk, self.modulation(c))
+        return c._replace(ahead=made_ahead(self.trunk, self.modulation(c)))
 
     def embed(self, c: Condition, x_BNC: Tensor | None, first: int) -> Tensor:
         """Input rows [B*G, R, D] from the features of the levels, without level 0."""

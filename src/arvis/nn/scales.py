@@ -147,7 +147,7 @@ class ScaleTransformer(nn.Module):
 
     def once(self, c: Condition) -> Condition:
         """The condition with the vectors of all blocks."""
-        return made_ahead(c, self.trunk, self.modulation(c))
+        return c._replace(ahead=made_ahead(self.trunk, self.modulation(c)))
 
     def modulation(self, c: Condition) -> Tensor:
         """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""
@@ -160,9 +160,9 @@ class ScaleTransformer(nn.Module):
             nn.init.trunc_normal_(position, std=(1 / (3 * self.width)) ** 0.5)
 
 
-def made_ahead(c: Condition, trunk: Trunk, vector: Tensor) -> Condition:
-    """The condition with the vectors of all blocks, from what modulates them: they do not depend on the step."""
-    return c._replace(ahead=torch.stack([block.modulation(vector) for block in trunk.blocks], 1))
+def made_ahead(trunk: Trunk, vector: Tensor) -> Tensor:
+    """The vectors [R, layers, n, D] of all blocks, from what modulates them: they do not depend on the step."""
+    return torch.stack([block.modulation(vector) for block in trunk.blocks], 1)
 
 
 def initialise(module: nn.Module, trunk: Trunk, head: AdaLNHead, width: int, gate: float) -> None:

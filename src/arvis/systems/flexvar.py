@@ -194,7 +194,7 @@ class ResizedScaleTransformer(nn.Module):
 
     def once(self, c: Condition) -> Condition:
         """The condition with the vectors of all blocks."""
-        return made_ahead(c, self.trunk, self.modulation(c))
+        return c._replace(ahead=made_ahead(self.trunk, self.modulation(c)))
 
     def modulation(self, c: Condition) -> Tensor:
         """What modulates the blocks: the vector of the condition, or the six vectors that all blocks share."""

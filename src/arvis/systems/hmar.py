@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from arvis.dist import Categorical, Dist, pinned
 from arvis.nn.adaln import AdaLNHead
 from arvis.nn.neighbourhood import InsideScales
-from arvis.nn.scales import ClassConditioner, Condition, ScaleTransformer, unstacked
+from arvis.nn.scales import ClassConditioner, Condition, ScaleTransformer, made_ahead, unstacked
 from arvis.nn.trunk import Call, Trunk
 from arvis.noise import Source
 from arvis.published import File, Preset, Result
@@ -135,9 +135,15 @@ class BranchedTransformer(nn.Module):
         x = self.scales.embed(c, x_BNC, first, last)
         told = F.pad(told, (0, 0, x.shape[1] - told.shape[1], 0)).repeat_interleave(len(x) // len(told), 0)
         rows = self.scales.rows(*range(first, last))
-        call = Call(mask=render(same, rows, rows), vector=self.scales.modulation(c), rows=rows)
-        h = self.trunk(self.scales.trunk(x + told, call, self.common), call)
-        return self.head(h, c.vector)
+        vector = self.scales.modulation(c) if c.ahead is None else c.vector
+        call = Call(mask=render(same, rows, rows), vector=vector, ahead=c.ahead, rows=rows)
+        x = self.scales.trunk(x + told, call, self.common)
+        own = call if c.ahead is None else replace(call, ahead=c.ahead[:, len(self.scales.trunk) :])
+        return self.head(self.trunk(x, own), c.vector)
+
+    def vectors(self, c: Condition) -> Tensor:
+        """What modulates the blocks of the branch [B*G, layers, 6, D]: once for all its passes."""
+        return made_ahead(self.trunk, self.scales.modulation(c))
 
 
 @dataclass
@@ -256,6 +262,9 @@ class HMAR(nn.Module):
         s = self.scales.start(cond, sampling, noise, layout, given)
         left = left_over(sampling.schedule if self.learns == "mask" else (), s.layout)
         s.knobs["left"] = left.expand(len(s), -1, -1).clone()
+        if self.learns == "mask":
+            own = self.transformer.vectors(unstacked(s.more)).unflatten(0, (len(s), -1))
+            s.more["ahead"] = torch.cat((s.more["ahead"], own), 2)  # of the scales' blocks, then of the branch's
         t = per_item(sampling.cfg_scale, len(s))[:, None].expand(-1, s.K) * UNGUIDED
         weights = var_cfg(t) if s.weights.shape[-1] > 1 else (torch.ones_like(t),)
         s.weights = torch.cat((s.weights, torch.stack(weights, -1)), 1)  # of the scales, then of the branch
