@@ -1,4 +1,4 @@
-"""One sheet of what several trained models paint: `python scripts/draw_bases.py OUT.png RUN [RUN ...]`.
+"""One sheet of what several trained models paint: `python scripts/draw_runs.py OUT.png RUN [RUN ...]`.
 
 A run is a folder of `arvis train`. The first row are true pictures of the emoji world, then one row per run, painted
 for the same names (or their groups, where a model takes classes) from the same seeds.
