@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
-from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens, recognised
 from arvis.checks.mutants import forget_scales, ignore_class, ignore_order, zero_head
 from arvis.noise import Noise
 from arvis.state import State
@@ -118,7 +118,7 @@ def examine(trained: Trained) -> list[Claim]:
         fine(trained),
         saved(trained),
         *followed(pair),
-        *recognised(pair, data),
+        *recognised(pair, data, CodeSampling(cfg_scale=2.0, top_k=(0,), top_p=0.95, temperature=(1.0,)), 0.85, seed=6),
         *parameters(),
     ]
 
@@ -192,21 +192,6 @@ def followed(pair: Collaborative, draws: int = 4000) -> list[Claim]:
         probs = pair.models[name].teacher(some, one).probs[0, known, 0]
         claims.append(at_least(f"p-value of what is drawn under the {name}'s law", _chi_square(counts, probs), 0.001))
     return claims
-
-
-def recognised(pair: Collaborative, data: Digits, each: int = 20) -> list[Claim]:
-    """Drawn digits are taken for their class by their nearest real neighbours, and without a class are not."""
-    labels, found = torch.arange(CLASSES).repeat(each), []
-    for given in (labels, torch.full_like(labels, CLASSES)):
-        sampling = CodeSampling(cfg_scale=2.0, top_k=(0,), top_p=0.95, temperature=(1.0,))
-        tokens = finish(
-            generate(pair, pair.prepare({"class_labels": given}), sampling, Noise.of(6, len(labels)))
-        ).tokens
-        found.append(data.recognised(pair.tokenizer.decode(tokens), labels))
-    return [
-        at_least("share of drawn digits recognised as their class", found[0], 0.85),
-        at_most("share recognised as that class when none was given", found[1], 0.25),
-    ]
 
 
 @cache

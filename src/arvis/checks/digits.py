@@ -1,6 +1,7 @@
 """The digits that small systems learn to draw: 1,797 real ones, which come with scikit-learn.
 
-`learn_pictures` and `learn_tokens` are the stages in which they are learned, in run folders that are gone afterwards.
+`learn_pictures` and `learn_tokens` are the stages in which they are learned, in run folders that are gone afterwards;
+`drawn` and `recognised` say whether a system draws what it was asked for.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arvis.checks.claims import OnStep
+from arvis.checks.claims import Claim, OnStep, at_least, at_most
 from arvis.noise import Noise
 from arvis.training.fit import FitConfig, fit
 from arvis.training.tokenizer_losses import TokenizerLossConfig, tokenizer_loss
+from arvis.walk import finish, generate
 
 CLASSES = 10
 
@@ -106,3 +108,22 @@ def learn_tokens(
 
 def _rows(step: int, batch: int, data: Digits) -> Tensor:
     return (Noise.of(1, batch).uniform("rows", step, ()) * len(data.images)).long()
+
+
+def drawn(system: Any, data: Digits, sampling: Any, each: int = 20, seed: int = 3, told: bool = True) -> float:
+    """The share of drawn digits, `each` of every class, that are recognised as theirs; untold nobody says which."""
+    labels = torch.arange(CLASSES).repeat(each)
+    cond = system.prepare({"class_labels": labels if told else torch.full_like(labels, CLASSES)})
+    tokens = finish(generate(system, cond, sampling, Noise.of(seed, len(labels)))).tokens
+    return data.recognised(system.tokenizer.decode(tokens), labels)
+
+
+def recognised(
+    system: Any, data: Digits, sampling: Any, least: float, each: int = 20, seed: int = 3
+) -> tuple[Claim, Claim]:
+    """Drawn digits are taken for their class by their nearest real neighbours, and without a class are not."""
+    shares = [drawn(system, data, sampling, each, seed, told) for told in (True, False)]
+    return (
+        at_least("share of drawn digits recognised as their class", shares[0], least),
+        at_most("share recognised as that class when none was given", shares[1], 0.25),
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
-from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.digits import CLASSES, Digits, digits, drawn, learn_pictures, learn_tokens
 from arvis.checks.mutants import ignore_class, of_system, zero_head
 from arvis.checks.var import config as plain_config
 from arvis.dist import Categorical
@@ -216,15 +216,10 @@ def economical(system: HMAR) -> list[Claim]:
     ]
 
 
-def recognised(system: HMAR, data: Digits, each: int = 20) -> Claim:
+def recognised(system: HMAR, data: Digits) -> Claim:
     """Digits drawn in passes are taken for their class by their nearest real neighbours."""
-    labels = torch.arange(CLASSES).repeat(each)
     sampling = HMARSampling(cfg_scale=2.0, top_k=0, top_p=0.95, schedule=SCHEDULE)
-    tokens = finish(
-        generate(system, system.prepare({"class_labels": labels}), sampling, Noise.of(3, len(labels)))
-    ).tokens
-    found = data.recognised(system.tokenizer.decode(tokens), labels)
-    return at_least("share of digits drawn in passes recognised as their class", found, 0.85)
+    return at_least("share of digits drawn in passes recognised as their class", drawn(system, data, sampling), 0.85)
 
 
 @cache

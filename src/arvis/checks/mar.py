@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean
-from arvis.checks.digits import CLASSES, Digits, digits
+from arvis.checks.digits import CLASSES, Digits, digits, recognised
 from arvis.checks.mutants import of_system, swap_guidance
 from arvis.data.images import to_bytes
 from arvis.denoise import ddpm
@@ -158,7 +158,7 @@ def examine(trained: Trained) -> list[Claim]:
         *visible(system),
         *calibrated(trained),
         *unguided(system),
-        *recognised(system, data),
+        *recognised(system, data, MARSampling(cfg_scale=3.0, num_iter=16, diffusion_steps=25, spacing="strided"), 0.7),
         *autoencoded(system, data),
         *parameters(),
     ]
@@ -261,21 +261,6 @@ def written_out(system: MAR, cond: Any, noise: Noise, steps: int, denoising: int
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, width), x.float())
         done = end
     return tokens
-
-
-def recognised(system: MAR, data: Digits, each: int = 20) -> list[Claim]:
-    """Drawn digits are taken for their class by their nearest real neighbours, and without a class are not."""
-    labels, found = torch.arange(CLASSES).repeat(each), []
-    for given in (labels, torch.full_like(labels, CLASSES)):
-        sampling = MARSampling(cfg_scale=3.0, num_iter=16, diffusion_steps=25, spacing="strided")
-        tokens = finish(
-            generate(system, system.prepare({"class_labels": given}), sampling, Noise.of(3, len(labels)))
-        ).tokens
-        found.append(data.recognised(system.tokenizer.decode(tokens), labels))
-    return [
-        at_least("share of drawn digits recognised as their class", found[0], 0.7),
-        at_most("share recognised as that class when none was given", found[1], 0.25),
-    ]
 
 
 def autoencoded(system: MAR, data: Digits) -> list[Claim]:

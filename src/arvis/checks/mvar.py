@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
-from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.digits import CLASSES, Digits, digits, drawn, learn_pictures, learn_tokens
 from arvis.checks.mutants import ignore_class, of_system, swap_guidance, zero_head
 from arvis.nn.adaln import Look, SelfAttention
 from arvis.nn.attention import attend
@@ -197,12 +197,9 @@ def conditioned(system: MVAR, data: Digits) -> Claim:
     return at_least("nats per token that a wrong class costs on test digits", cost, 0.2)
 
 
-def recognised(system: MVAR, data: Digits, each: int = 20) -> Claim:
+def recognised(system: MVAR, data: Digits) -> Claim:
     """Drawn digits are taken for their class by their nearest real neighbours."""
-    labels = torch.arange(CLASSES).repeat(each)
-    sampling, cond = MVARSampling(cfg_scale=2.0, top_k=0, top_p=0.95), system.prepare({"class_labels": labels})
-    tokens = finish(generate(system, cond, sampling, Noise.of(3, len(labels)))).tokens
-    found = data.recognised(system.tokenizer.decode(tokens), labels)
+    found = drawn(system, data, MVARSampling(cfg_scale=2.0, top_k=0, top_p=0.95))
     return at_least("share of drawn digits recognised as their class", found, 0.8)
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, mean, sizes
-from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens
+from arvis.checks.digits import CLASSES, Digits, digits, learn_pictures, learn_tokens, recognised
 from arvis.checks.mutants import (
     add_nothing,
     forget_scales,
@@ -27,7 +27,6 @@ from arvis.systems.var import PRESETS, VAR, VARConfig, VARSampling, build
 from arvis.tokenizers.cnn import CNNConfig
 from arvis.tokenizers.pyramid import PyramidVQConfig
 from arvis.training.fit_config import FitConfig
-from arvis.walk import finish, generate
 
 PARAMETERS = {
     "var-d16": 310_283_520,
@@ -86,7 +85,7 @@ def examine(trained: Trained) -> list[Claim]:
         cached(system),
         *residual(system, data),
         conditioned(system, data),
-        *recognised(system, data),
+        *recognised(system, data, VARSampling(cfg_scale=2.0, top_k=0, top_p=0.95), 0.85),
         *parameters(),
     ]
 
@@ -127,21 +126,6 @@ def conditioned(system: VAR, data: Digits) -> Claim:
         -mean(system.teacher(tokens, system.prepare({"class_labels": y})).log_prob(tokens)) for y in (labels, wrong)
     )
     return at_least("nats per token that a wrong class costs on test digits", other - right, 1.0)
-
-
-def recognised(system: VAR, data: Digits, each: int = 20) -> list[Claim]:
-    """Drawn digits are taken for their class by their nearest real neighbours, and without a class are not."""
-    labels = torch.arange(CLASSES).repeat(each)
-    found = []
-    for given in (labels, torch.full_like(labels, CLASSES)):
-        sampling = VARSampling(cfg_scale=2.0, top_k=0, top_p=0.95)
-        cond = system.prepare({"class_labels": given})
-        tokens = finish(generate(system, cond, sampling, Noise.of(3, len(labels)))).tokens
-        found.append(data.recognised(system.tokenizer.decode(tokens), labels))
-    return [
-        at_least("share of drawn digits recognised as their class", found[0], 0.85),
-        at_most("share recognised as that class when none was given", found[1], 0.25),
-    ]
 
 
 @cache
