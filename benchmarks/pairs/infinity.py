@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -287,6 +287,18 @@ def _painting(depth: int, size: str, batches: tuple[int, ...]) -> Pair:
     )
 
 
+def _coding(make: Callable[[Path, torch.dtype], Sides], part: Callable[[Any, int], Callable[[], Any]]) -> Pair:
+    return Pair(
+        make=make,
+        batches=(4,),
+        preset="infinity-2b",
+        changed=changed(2, "0.06M"),
+        part=part,
+        agreement=closeness,
+        least=CLOSE,
+    )
+
+
 NAME = "infinity-2b shapes, 4 of 32 blocks"
 
 PAIRS = {
@@ -295,22 +307,6 @@ PAIRS = {
     f"{NAME}, 256 px training": Pair(
         make=lambda folder, dtype: training(4, "0.06M", folder, dtype), batches=(2,), agreement=same_update, least=CLOSE
     ),
-    "infinity encoding": Pair(
-        make=encoding,
-        batches=(4,),
-        preset="infinity-2b",
-        changed=changed(2, "0.06M"),
-        part=encode,
-        agreement=equal_share,
-        least=EXACT,
-    ),
-    "infinity decoding": Pair(
-        make=decoding,
-        batches=(4,),
-        preset="infinity-2b",
-        changed=changed(2, "0.06M"),
-        part=decode,
-        agreement=closeness,
-        least=CLOSE,
-    ),
+    "infinity encoding": replace(_coding(encoding, encode), agreement=equal_share, least=EXACT),
+    "infinity decoding": _coding(decoding, decode),
 }

@@ -13,15 +13,15 @@ from functools import cache
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, mean, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, drawn, learn_pictures, learn_tokens
-from arvis.checks.mutants import ignore_class, of_system, zero_head
+from arvis.checks.mutants import ignore_class, ignore_rule, look, of_system, zero_head
 from arvis.checks.var import config as plain_config
 from arvis.dist import Categorical
 from arvis.nn import neighbourhood
-from arvis.nn.adaln import Look, SelfAttention, masked
+from arvis.nn.adaln import masked
 from arvis.nn.attention import attend
 from arvis.noise import Noise
 from arvis.sampling import lowest
@@ -85,13 +85,6 @@ def train(on_step: OnStep, length: Length = Length(), data: Digits | None = None
     system.begin_()
     learn_tokens(system.transformer, system.loss, tokens, data, replace(settings, steps=length.mask), on_step)
     return Trained(system.eval(), unseen(rival.eval(), data), data)
-
-
-def look(module: nn.Module, way: Look) -> None:
-    """Let all attention of a module look in some way."""
-    for part in module.modules():
-        if isinstance(part, SelfAttention):
-            part.look = way
 
 
 # -- the claims -------------------------------------------------------------------------------------------------------
@@ -231,11 +224,6 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def ignore_rule(trained: Trained) -> None:
-    """Every row of a call sees every other."""
-    look(trained.system.transformer.scales, lambda q, k, v, call, scale: attend(q, k, v, None, scale))
-
-
 def forget_learned_branch(trained: Trained) -> None:
     """The branch is what it was before its stage."""
     trained.system.transformer.copy_()
@@ -265,7 +253,7 @@ def hide_all(trained: Trained) -> None:
 MUTANTS = {
     "zeroed head": of_system(zero_head, "transformer.scales.head.linear"),
     "ignored condition": of_system(ignore_class, "transformer.scales.conditioner"),
-    "ignored rule": ignore_rule,
+    "ignored rule": lambda trained: ignore_rule(trained.system.transformer.scales),
     "untrained branch": forget_learned_branch,
     "branch told nothing": tell_nothing,
     "everything drawn again": hide_all,

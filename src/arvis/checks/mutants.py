@@ -9,8 +9,10 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from arvis.nn.adaln import Look, SelfAttention
+from arvis.nn.attention import attend
 from arvis.rows import Rows, same
 
 Mutant = Callable[[Any], None]
@@ -47,6 +49,18 @@ def ignore_order(system: Any) -> None:
 
 def _everything(q: Rows, k: Rows) -> Tensor:
     return (k.step <= q.step) | (k.step > q.step)
+
+
+def look(module: nn.Module, way: Look) -> None:
+    """Let all attention of a module look in some way."""
+    for part in module.modules():
+        if isinstance(part, SelfAttention):
+            part.look = way
+
+
+def ignore_rule(module: nn.Module) -> None:
+    """Every row of a call sees every other."""
+    look(module, lambda q, k, v, call, scale: attend(q, k, v, None, scale))
 
 
 def forget_scales(system: Any) -> None:

@@ -12,12 +12,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arvis.checks.claims import Claim, OnStep, at_least, at_most, exactly, sizes
 from arvis.checks.digits import CLASSES, Digits, digits, drawn, learn_pictures, learn_tokens
-from arvis.checks.mutants import ignore_class, of_system, swap_guidance, zero_head
-from arvis.nn.adaln import Look, SelfAttention
+from arvis.checks.mutants import ignore_class, ignore_rule, look, of_system, swap_guidance, zero_head
+from arvis.nn.adaln import SelfAttention
 from arvis.nn.attention import attend
 from arvis.nn.neighbourhood import InsideScales
 from arvis.nn.trunk import Call
@@ -212,20 +212,9 @@ def parameters() -> tuple[Claim, ...]:
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
-def _look(module: nn.Module, way: Look) -> None:
-    for part in module.modules():
-        if isinstance(part, SelfAttention):
-            part.look = way
-
-
-def ignore_rule(trained: Trained) -> None:
-    """Every row of a call sees every other."""
-    _look(trained.system, lambda q, k, v, call, scale: attend(q, k, v, None, scale))
-
-
 def ignore_windows(trained: Trained) -> None:
     """A cell sees the whole of its scale."""
-    _look(trained.system, InsideScales(trained.system.tokenizer.layout()))
+    look(trained.system, InsideScales(trained.system.tokenizer.layout()))
 
 
 def cut_windows(trained: Trained) -> None:
@@ -243,13 +232,13 @@ def cut_windows(trained: Trained) -> None:
         near = ((y[:, None] - y).abs() <= KERNEL // 2) & ((x[:, None] - x).abs() <= KERNEL // 2)
         return attend(q, k, v, near[None, None], scale)
 
-    _look(trained.system, cut)
+    look(trained.system, cut)
 
 
 MUTANTS = {
     "zeroed head": of_system(zero_head),
     "ignored condition": of_system(ignore_class),
-    "ignored rule": ignore_rule,
+    "ignored rule": of_system(ignore_rule),
     "whole scales seen": ignore_windows,
     "windows cut at borders": cut_windows,
     "swapped guidance": of_system(swap_guidance),
