@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arvis.nn import attention
 from arvis.nn.attention import Mask, attend, grid_angles, rotate
 from arvis.nn.cache import Cache
 from arvis.nn.trunk import Call, Trunk
@@ -318,3 +319,20 @@ def test_keys_and_values_in_a_wider_format():
     held, _ = cache.join(0, k, k)
     assert held.dtype == torch.float32 and torch.equal(held, k.float())
     assert cache.take(torch.tensor([0])).at_least == torch.float32
+
+
+@pytest.mark.parametrize("part", [2**19, 64 * 90, 10])
+@pytest.mark.parametrize("masks", [0, 1, 3])
+@torch.no_grad()
+def test_attention_in_parts_is_that_of_all_at_once(part: int, masks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of several heads, of one, and of some rows of one; no mask, one for all, or one per item, with a row that
+    sees nothing; keys in a wider format."""
+    monkeypatch.setattr(attention, "PART", part)
+    q, k, v = torch.randn(3, 4, 200, 16), torch.randn(3, 4, 90, 16), torch.randn(3, 4, 90, 16)
+    mask = torch.rand(masks, 1, 200, 90) < 0.2 if masks else None
+    if mask is not None:
+        mask[-1, 0, 7] = False
+    found, exact = attend(q.bfloat16(), k, v, mask, 0.25), attend(q, k, v, mask, 0.25)
+    assert found.dtype == torch.bfloat16 and (found - exact).abs().max() < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(q, k, v, mask, 0.25), found)

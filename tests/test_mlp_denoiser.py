@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arvis.nn import mlp_denoiser
 from arvis.nn.mlp_denoiser import MLPDenoiser, TimeEmbedding, sinusoids
 
 
@@ -70,12 +71,24 @@ def test_what_is_the_same_for_all_rows_may_be_given_once() -> None:
     torch.testing.assert_close(out, one_by_one, atol=1e-12, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("together", [1, 30, 10_000])
+def test_along_a_solve_it_answers_as_at_every_time(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, a few or all times at once, and a time that is asked for again."""
+    monkeypatch.setattr(mlp_denoiser, "ROWS", together)
+    net, times = lively().double(), (900, 511.5, 77, 3, 0)
+    x, c = torch.randn(2, 1, 4, 3).double(), net.condition(torch.randn(2, 3, 4, 5).double())
+    denoise = net.along(times, c)
+    for t in (*times, 511.5):
+        torch.testing.assert_close(denoise(x, t), net(x, t, c), atol=1e-12, rtol=0)
+
+
 def test_nothing_comes_out_at_first_and_everything_can_learn() -> None:
     net = MLPDenoiser(3, 6, 5, 16, 2)
     x, c = torch.randn(4, 3), net.condition(torch.randn(4, 5))
     assert torch.equal(net(x, torch.arange(4), c), torch.zeros(4, 6))
     h = net.embed(x)
-    assert torch.equal(net.blocks[0](h, F.silu(c)), h)
+    assert torch.equal(net.blocks[0](h, net.modulations(c)[0]), h)
     nn.init.normal_(net.linear.weight)
     for block in net.blocks:
         nn.init.normal_(block.modulation.weight)

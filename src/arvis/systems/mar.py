@@ -259,14 +259,16 @@ class MAR(nn.Module):
             z = self.transformer(s.tokens, seen, where, buffer.flatten(0, 1)).unflatten(0, buffer.shape[:2])
         else:
             where, z = self._around_given(s, s.given)
-        c, weight, temperature = self.transformer.denoiser.condition(z), s.weight(k), s.knobs["temperature"]
+        diffusion, weight = self.diffusion.sub(s.key), s.weight(k)  # type: ignore[arg-type]
+        denoiser = self.transformer.denoiser
+        denoise = denoiser.along(diffusion.times[::-1], denoiser.condition(z))
 
         def field(x: Tensor, t: float) -> Tensor:
             """The guided noise, and the share of the variance that the condition's own row says."""
-            eps, share = self.transformer.denoiser(x[:, None], t, c).chunk(2, -1)  # [B, G, n, S]
+            eps, share = denoise(x[:, None], t).chunk(2, -1)  # [B, G, n, S]
             return torch.cat((mix(eps, weight), share[:, 0]), -1)
 
-        solver = ddpm(self.diffusion.sub(s.key), temperature)  # type: ignore[arg-type]
+        solver = ddpm(diffusion, s.knobs["temperature"])
         return Solved(where, field, solver, (where.shape[1], self.space.S), at=k)
 
     def _around_given(self, s: State, given: Pin) -> tuple[Tensor, Tensor]:
