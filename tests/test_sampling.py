@@ -6,8 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from arvis import sampling
 from arvis.noise import Noise
-from arvis.sampling import cfg, confidence, draw, gumbel, lowest, mix, per_item, temper, top_k, top_p, two_way, var_cfg
+from arvis.sampling import (
+    cfg,
+    confidence,
+    draw,
+    gumbel,
+    lowest,
+    mix,
+    nucleus,
+    per_item,
+    temper,
+    top_k,
+    top_p,
+    two_way,
+    var_cfg,
+)
 from chance import chi_square
 
 INF = float("inf")
@@ -99,6 +114,20 @@ def test_settings_per_item_equal_items_one_by_one(function, settings: list[float
     together = function(x, torch.tensor(settings, dtype=torch.float64))
     for i, setting in enumerate(settings):
         assert torch.equal(together[i], function(x[i : i + 1], setting)[0]), (i, setting)
+
+
+@pytest.mark.parametrize("many", [1, 90, 2**20])
+def test_many_items_are_filtered_and_drawn_in_turn(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One item, two or all at a time (an item has 42 numbers), with one setting and with one for each."""
+    x, u = logits(), Noise.of(9, 4).uniform("draw", 0, (3, 2))
+    settings = {top_k: (3, torch.tensor([1, 0, 3, 99])), top_p: (0.7, torch.tensor([0.0, 0.3, 0.9, 1.0]).double())}
+    settings[nucleus] = settings[top_p]
+    wanted = [f(x, setting) for f, both in settings.items() for setting in both]
+    codes = draw(x.softmax(-1), u)
+    monkeypatch.setattr(sampling, "MANY", many)
+    for found, want in zip((f(x, setting) for f, both in settings.items() for setting in both), wanted, strict=True):
+        assert torch.equal(found, want)
+    assert torch.equal(draw(x.softmax(-1), u), codes) and len(codes.unique()) > 2
 
 
 def test_per_item_settings_are_checked() -> None:

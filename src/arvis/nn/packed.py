@@ -111,7 +111,7 @@ class Packed(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
-            return cls(args[0], args[0].store)
+            return _detach(args[0])
         args, kwargs = tree_map(_dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -160,6 +160,10 @@ def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: An
     return F.conv2d(input, weight.store.of(input.dtype, _channels_last).to(input.device), bias, *rest)
 
 
+def _detach(weight: Packed) -> Packed:
+    return Packed(weight, weight.store)
+
+
 def _pinned(weight: Tensor) -> Tensor:
     return weight.pin_memory() if torch.cuda.is_available() else weight
 
@@ -169,7 +173,12 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 
 HAS_PANELS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-PRODUCTS: dict[Any, Callable[..., Tensor]] = {F.linear: _linear, torch.conv2d: _conv2d, F.conv2d: _conv2d}
+PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    torch.conv2d: _conv2d,
+    F.conv2d: _conv2d,
+    Tensor.detach: _detach,  # `nn.Parameter` calls it; further down it would import half a thousand modules
+}
 
 
 def pack(module: nn.Module, store: Callable[[Tensor], Store] = Forms) -> int:

@@ -142,8 +142,7 @@ class VAR(nn.Module):
         return s
 
     def predict(self, s: State) -> Categorical:
-        logits = self.transformer.head(self.hidden(s), unstacked(s.more).vector)
-        return self.drawn(s, logits, s.at())
+        return self.drawn(s, self.transformer.head(self.hidden(s), unstacked(s.more).vector), s.at())
 
     def hidden(self, s: State) -> Tensor:
         """Hidden rows [B*G, n, D] of the next scale, after those of the scales that are pending."""
