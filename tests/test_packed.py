@@ -68,7 +68,7 @@ def layer(bias: bool = True) -> nn.Linear:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (2, 3, 24), (0, 24)])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 1, 24), (3, 24), (7, 24), (2, 3, 24), (0, 24)])
 def test_a_product_of_any_rows(shape: tuple[int, ...], bias: bool) -> None:
     plain, quick = layer(bias), layer(bias)
     pack(quick)
