@@ -29,12 +29,13 @@ def test_what_is_counted_is_the_preset_but_for_what_a_pair_says(name: str) -> No
     assert settings.items() >= pair.settings.items()
 
 
-def test_a_reduced_model_has_so_many_of_the_whole_ones_blocks() -> None:
-    slug, config, _ = named(f"{infinity.NAME}, 256 px").generation()
-    trunk, whole = (empty(slug, c).transformer.trunk for c in (config, systems.preset("infinity-2b")[2].config()))
+@pytest.mark.parametrize("name", [name for name in COUNTED if "blocks" in name])
+def test_a_reduced_model_has_so_many_of_the_whole_ones_blocks(name: str) -> None:
+    slug, config, _ = named(name).generation()
+    trunk, whole = (empty(slug, c).transformer.trunk for c in (config, systems.preset(named(name).preset)[2].config()))
     sizes = [sum(p.numel() for p in t.parameters()) for t in (trunk, whole)]
-    assert (len(trunk), len(whole)) == (4, 32) and sizes[0] * 8 == sizes[1]
-    assert f"{len(trunk)} of {len(whole)} blocks" in infinity.NAME
+    assert sizes[0] * len(whole) == sizes[1] * len(trunk)
+    assert f"{len(trunk)} of {len(whole)} blocks" in name
 
 
 def test_packed_texts_do_not_see_each_other() -> None:
