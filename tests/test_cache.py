@@ -336,3 +336,6 @@ def test_attention_in_parts_is_that_of_all_at_once(part: int, masks: int, monkey
     assert found.dtype == torch.bfloat16 and (found - exact).abs().max() < 0.03
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attend(q, k, v, mask, 0.25), found)
+    padding = torch.arange(90).expand(3, 1, 1, -1) < torch.tensor([90, 40, 1]).view(3, 1, 1, 1)
+    found, exact = attend(q.bfloat16(), k, v, padding, 0.25), attend(q, k, v, padding, 0.25)
+    assert (found - exact).abs().max() < 0.03

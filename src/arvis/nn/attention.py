@@ -104,7 +104,9 @@ def _in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     q, k, v = (q * scale).to(dtype), k.to(dtype), v.to(dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    hidden = None if mask is None else q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    hidden = None
+    if mask is not None:
+        hidden = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf")).expand(-1, -1, queries, -1)
     score, weight = q.new_empty(2, heads * rows * keys)
     for b, h, i in product(range(items), range(0, all_heads, heads), range(0, queries, rows)):
         there = slice(h, h + heads), slice(i, i + rows)
