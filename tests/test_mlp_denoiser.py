@@ -74,12 +74,12 @@ def test_what_is_the_same_for_all_rows_may_be_given_once() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("together", [1, 30, 10_000])
 def test_along_a_solve_it_answers_as_at_every_time(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, a few or all times at once, and a time that is asked for again."""
+    """One, a few or all times at once; a time that is asked for again, and one that is none of them."""
     monkeypatch.setattr(mlp_denoiser, "ROWS", together)
     net, times = lively().double(), (900, 511.5, 77, 3, 0)
     x, c = torch.randn(2, 1, 4, 3).double(), net.condition(torch.randn(2, 3, 4, 5).double())
     denoise = net.along(times, c)
-    for t in (*times, 511.5):
+    for t in (*times, 511.5, 0.125):
         torch.testing.assert_close(denoise(x, t), net(x, t, c), atol=1e-12, rtol=0)
 
 

@@ -89,7 +89,7 @@ class MLPDenoiser(nn.Module):
         return self.denoise(x, self.modulations(self.time(torch.as_tensor(t, device=x.device)) + c))
 
     def along(self, times: Sequence[float], c: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """(x, t) -> `forward` at the times of a solve, which come in their order.
+        """(x, t) -> `forward` at the times of a solve, which come in their order, or at any other.
 
         What depends on time and condition alone, three fifths of the operations, is made for several times in one
         product: the few rows of one time would wait for the weights.
@@ -99,8 +99,7 @@ class MLPDenoiser(nn.Module):
 
         def denoise(x: Tensor, t: float) -> Tensor:
             if t not in ahead:
-                first = times.index(t)
-                some = times[first : first + together]
+                some = times[times.index(t) :][:together] if t in times else (t,)
                 rows = self.time(torch.tensor(some, device=c.device)).view(-1, *(1,) * (c.dim() - 1), c.shape[-1])
                 ahead.clear()
                 ahead.update(zip(some, zip(*self.modulations(rows + c), strict=True), strict=True))
