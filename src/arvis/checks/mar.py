@@ -251,9 +251,10 @@ def written_out(system: MAR, cond: Any, noise: Noise, steps: int, denoising: int
         end = n if k == steps - 1 else n - left
         where, wanted = order[:, :done].sort(1).values, order[:, done:end].sort(1).values
         c = transformer.denoiser.condition(transformer(tokens, where, wanted, buffer))
+        denoise = transformer.denoiser.along(diffusion.times[::-1], c)
         x = noise.normal("solver", k, (end - done, width))
         for i, t in enumerate(reversed(range(denoising))):
-            eps, share = transformer.denoiser(x, diffusion.times[t], c).double().chunk(2, -1)
+            eps, share = denoise(x, diffusion.times[t]).double().chunk(2, -1)
             x = diffusion.mean(x, diffusion.clean(x, eps, t), t)
             if t > 0:
                 deviation = (diffusion.log_variance(share, t) / 2).exp()
