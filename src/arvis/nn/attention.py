@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arvis.nn.wide import unrounded
+from arvis.nn.wide import product_dtype, unrounded
 
 Pairs = Literal["interleaved", "halves"]
 
@@ -101,7 +101,7 @@ def _in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     (items, all_heads, queries, _), keys = q.shape, k.shape[-2]
     rows = min(queries, max(64, PART // keys))
     heads = min(all_heads, max(1, PART // (rows * keys)))
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    dtype = product_dtype(q)
     q, k, v = (q * scale).to(dtype), k.to(dtype), v.to(dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     hidden = None

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from arvis.nn.wide import product_dtype
+
 Layout = Callable[[Tensor], Tensor]
 
 FEW = 4
@@ -129,8 +131,7 @@ def _dense(x: Any) -> Any:
 
 def cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Input and bias in the number format in which a product of x is computed."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     return x.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Where autocast must not round: distances to codes, sums over scales, logits."""
+"""Where autocast rounds, and where it must not: distances to codes, sums over scales, logits."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def unrounded(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.is_meta:  # shapes alone: there is no autocast for them
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The number format in which products of x are computed: that of autocast, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
